@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation runs a loss: ``reference``, ``cpu``, ``triton`` or ``cuda``.
+
+An explicit ``backend=`` is a demand and raises with the reason when it cannot be met; a preference
+(:func:`set_backend`, ``KDKERNELS_BACKEND``) is used where the device allows; ``auto`` takes the
+fastest kernel there is and says so, once, when it has to fall back to the reference.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+
+from kdkernels import ops
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+# What `auto` tries per device type, first to last. A CUDA kernel goes first only for the ops where
+# a committed GPU result shows it correct and faster.
+AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+_preference = os.environ.get("KDKERNELS_BACKEND", "auto")
+_choices: dict[tuple[str, str, str], str] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+class Verdict(NamedTuple):
+    ok: bool
+    reason: str
+
+
+def _known(backend: str, where: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{where}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    return backend
+
+
+def set_backend(backend: str) -> None:
+    """Prefer ``backend`` for every loss called with ``backend="auto"``, where the device allows.
+
+    ``"auto"`` restores the default. A function that ``torch.compile`` has traced keeps the choice
+    made when it was traced.
+    """
+    global _preference
+    _preference = _known(backend, "set_backend")
+    _choices.clear()
+
+
+def get_backend() -> str:
+    """The preference set by :func:`set_backend` or ``KDKERNELS_BACKEND``."""
+    return _known(_preference, "KDKERNELS_BACKEND")
+
+
+def verdict(family: str, backend: str, device_type: str) -> Verdict:
+    """Whether ``backend`` can run the losses of ``family`` on a device type, and why not."""
+    if backend == "reference":
+        return Verdict(True, "plain torch, any device")
+    if backend == "triton":
+        return Verdict(*ops.triton_verdict(family, device_type))
+    if device_type != backend:
+        return Verdict(False, f"runs on {backend} tensors, got {device_type} tensors")
+    return Verdict(*ops.compiled_verdict(family, backend))
+
+
+def _choose(family: str, device_type: str, backend: str) -> str:
+    if backend != "auto":
+        ok, reason = verdict(family, backend, device_type)
+        if not ok:
+            raise RuntimeError(f"{family}: backend {backend!r} cannot run here: {reason}.")
+        return backend
+    preferred = get_backend()
+    if preferred != "auto" and verdict(family, preferred, device_type).ok:
+        return preferred
+    reasons = []
+    for candidate in AUTO_ORDER.get(device_type, ()):
+        ok, reason = verdict(family, candidate, device_type)
+        if ok:
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    if reasons and (family, device_type) not in _warned:
+        _warned.add((family, device_type))
+        warnings.warn(
+            f"kdkernels: no fused {family} kernel for {device_type} tensors "
+            f"({'; '.join(reasons)}); using the plain-torch reference. "
+            'kdkernels.set_backend("reference") silences this.',
+            stacklevel=2,
+        )
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+def select(family: str, device_type: str, backend: str) -> str:
+    """The backend that will run ``family`` for this call (cached; a constant while tracing)."""
+    key = (family, device_type, backend)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = _choose(family, device_type, _known(backend, family))
+    return choice

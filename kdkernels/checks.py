@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation shared by the public functions. Every message names function, argument, expected, got.
+
+Shapes, dtypes and Python numbers are always checked, and so are values that lie on the CPU. Values
+on a GPU are read only with ``KDKERNELS_CHECK=1``, since reading them waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+CHECK_DEVICE_VALUES = os.environ.get("KDKERNELS_CHECK", "0") == "1"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or CHECK_DEVICE_VALUES
+
+
+def _tensor(name: str, argument: str, value) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}.")
+
+
+def _same_device(name: str, argument: str, value: torch.Tensor, student: torch.Tensor) -> None:
+    if value.device != student.device:
+        raise ValueError(
+            f"{name}: {argument} must be on the student's device {student.device}, "
+            f"got {value.device}."
+        )
+
+
+def logits(name: str, student, teacher) -> None:
+    """Both are floating-point tensors of one shape (..., C), C >= 1, on one device."""
+    for argument, value in (("student", student), ("teacher", teacher)):
+        _tensor(name, argument, value)
+        if value.dtype not in _FLOATS:
+            raise TypeError(
+                f"{name}: {argument} must be float64, float32, bfloat16 or float16, "
+                f"got {value.dtype}."
+            )
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{name}: teacher must have the student's shape {tuple(student.shape)}, "
+            f"got {tuple(teacher.shape)}."
+        )
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: student must have shape (..., C) with C >= 1, got {tuple(student.shape)}."
+        )
+    _same_device(name, "teacher", teacher, student)
+
+
+def number(name: str, argument: str, value, low: float = -math.inf, high: float = math.inf):
+    """A finite Python number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}.")
+    if not (math.isfinite(value) and low <= value <= high):
+        expected = "finite" if low == -high == -math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: {argument} must be {expected}, got {value}.")
+    return float(value)
+
+
+def choice(name: str, argument: str, value, allowed: tuple[str, ...]) -> str:
+    """One of the allowed strings."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {argument} must be one of {', '.join(allowed)}, got {value!r}.")
+    return value
+
+
+def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype):
+    """Split a temperature into (number, None) or (1.0, flat tensor of one or N elements)."""
+    if type(value) in (float, int):
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name}: {argument} must be positive and finite, got {value}.")
+        return float(value), None
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name}: {argument} must be a number or a tensor, got {type(value).__name__}."
+        )
+    if value.numel() != 1 and value.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name}: {argument} must have one element or the shape of the rows "
+            f"{tuple(student.shape[:-1])}, got {tuple(value.shape)}."
+        )
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: {argument} must be floating-point, got {value.dtype}.")
+    _same_device(name, argument, value, student)
+    if _readable(value) and value.numel() and not bool(((value > 0) & value.isfinite()).all()):
+        raise ValueError(
+            f"{name}: {argument} must be positive and finite, got {value.detach().min().item()}."
+        )
+    return 1.0, value.reshape(-1).to(dtype).contiguous()
+
+
+def per_row(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype | None):
+    """A tensor of shape ``student.shape[:-1]``, flattened; bool where ``dtype`` is None."""
+    if value is None:
+        return None
+    _tensor(name, argument, value)
+    if value.shape != student.shape[:-1]:
+        raise ValueError(
+            f"{name}: {argument} must have the shape of the rows {tuple(student.shape[:-1])}, "
+            f"got {tuple(value.shape)}."
+        )
+    _same_device(name, argument, value, student)
+    if dtype is None:
+        if value.dtype != torch.bool:
+            raise TypeError(f"{name}: {argument} must be bool, got {value.dtype}.")
+        return value.reshape(-1).contiguous()
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: {argument} must be floating-point, got {value.dtype}.")
+    return value.reshape(-1).to(dtype).contiguous()
+
+
+def labels(name: str, value, student: torch.Tensor, ignore_index: int):
+    """Class indices (...) as flat int64, or probabilities (..., C) as they are."""
+    if value is None:
+        return None
+    _tensor(name, "labels", value)
+    _same_device(name, "labels", value, student)
+    classes = student.shape[-1]
+    if value.dtype in _INTEGERS and value.shape == student.shape[:-1]:
+        if value.numel() and _readable(value):
+            low, high = value.aminmax()
+            if not (0 <= low and high < classes):
+                bad = value[((value < 0) | (value >= classes)) & (value != ignore_index)]
+                if bad.numel():
+                    raise ValueError(
+                        f"{name}: labels must be in [0, {classes}) or ignore_index "
+                        f"({ignore_index}), got {bad[0].item()}."
+                    )
+        return value.reshape(-1).to(torch.int64).contiguous()
+    if value.dtype in _FLOATS and value.shape == student.shape:
+        if value.requires_grad:
+            raise NotImplementedError(
+                f"{name}: labels must not require a gradient (detach them, or weigh the "
+                "cross-entropy outside)."
+            )
+        return value
+    raise ValueError(
+        f"{name}: labels must be integers of shape {tuple(student.shape[:-1])} or probabilities of "
+        f"shape {tuple(student.shape)}, got {value.dtype} of shape {tuple(value.shape)}."
+    )
+
+
+def inplace(name: str, student: torch.Tensor) -> None:
+    """The gradient may overwrite the student's logits: eager, non-leaf, not an expanded view."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name}: inplace=True works in eager mode only, not under compile.")
+    if student.is_leaf and student.requires_grad:
+        raise ValueError(
+            f"{name}: inplace=True needs non-leaf student logits; a leaf would lose its values."
+        )
+    if not student.is_contiguous() and any(
+        s == 0 and n > 1 for s, n in zip(student.stride(), student.shape, strict=True)
+    ):
+        raise ValueError(f"{name}: inplace=True needs student logits that do not overlap in memory.")

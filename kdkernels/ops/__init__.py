@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registered operators: one module per family with its schema, fake and autograd function.
+
+Schemas are defined in Python, so that importing the package never depends on a binary; the
+compiled extensions only add kernels to them. What could not be loaded, and why, is kept here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "kdkernels"
+_MISSING = "the extension was not built (no compiler at install time, or KDKERNELS_BUILD=0)"
+_load_errors: dict[str, str] = {}
+
+
+def _load(name: str) -> None:
+    path = Path(__file__).parents[1] / f"{name}.so"
+    if not path.exists():
+        _load_errors[name] = _MISSING
+        return
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        _load_errors[name] = f"{name} did not load with torch {torch.__version__}: {error}"
+
+
+def compiled_verdict(family: str, backend: str) -> tuple[bool, str]:
+    """Whether the compiled extension of ``backend`` ("cpu" or "cuda") holds ``family``."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{family}", backend.upper()):
+        return True, f"compiled extension _C_{backend}"
+    return False, _load_errors.get(f"_C_{backend}", f"_C_{backend} has no {family} kernel")
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_verdict(family: str, device_type: str) -> tuple[bool, str]:
+    """Whether the Triton kernels of ``family`` run on a device type."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if importlib.util.find_spec(f"kdkernels.triton.{family}") is None:
+        return False, f"{family} has no triton kernel"
+    if device_type == "cuda":
+        return True, "triton, compiled at first use"
+    if device_type == "cpu" and triton_interpreted():
+        return True, "triton's interpreter"
+    return False, f"runs on cuda tensors, got {device_type} tensors"
+
+
+from kdkernels.ops import rowwise  # noqa: E402, F401  (defines the schemas the binaries implement)
+
+_load("_C_cpu")
+_load("_C_cuda")

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every family's autograd function does with the gradient its forward has saved."""
+
+from __future__ import annotations
+
+import torch
+
+from kdkernels.ops import NAMESPACE
+
+torch.library.define(
+    f"{NAMESPACE}::scale_rows_",
+    "(Tensor(a!) grad, Tensor upstream, Tensor? row_factor) -> ()",
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::scale_rows_")
+def _(grad, upstream, row_factor):
+    return None
+
+
+def _keeps_graph() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def refuse_higher_order(function: str) -> None:
+    """Raise where a second derivative is being asked of a kernel (``create_graph=True``).
+
+    The saved gradient is a constant to autograd, so a gradient penalty would silently lose its
+    second-order term.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}: the fused kernels have no second derivative (create_graph=True); "
+            'use backend="reference", which supports any order.'
+        )
+
+
+def refuse_transforms(function: str) -> None:
+    """Raise under ``torch.func`` transforms, which need the reference."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{function}: torch.func transforms (grad, vjp, vmap, ...) do not work through the "
+            'fused kernels; use backend="reference".'
+        )
+
+
+def scaled(saved: torch.Tensor, upstream: torch.Tensor, row_factor: torch.Tensor | None):
+    """``saved`` (..., C) times ``upstream`` (0-d or (...)) times ``row_factor`` (rows,).
+
+    In place, and free where ``upstream`` is 1 and there is no ``row_factor``; on a copy where the
+    graph is kept, since autograd may hand the result on as somebody's ``.grad``.
+    """
+    if torch.compiler.is_compiling():
+        factor = upstream if row_factor is None else upstream * row_factor.view(saved.shape[:-1])
+        return (saved * factor.unsqueeze(-1)).to(saved.dtype)
+    grad = saved.clone() if _keeps_graph() else saved
+    _scale_rows_(grad, upstream, row_factor)
+    return grad
+
+
+_scale_rows_ = torch.ops.kdkernels.scale_rows_.default

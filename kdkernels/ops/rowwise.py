@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kdkernels::rowwise``: row-wise softmax divergences, mixed with cross-entropy.
+
+One operator serves the family. It reads both rows, and returns the loss together with every
+gradient asked for, so that the backward has only to scale.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import torch
+
+from kdkernels.ops import NAMESPACE
+from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, scaled
+
+# The order is the `Kind` enumeration of csrc/kd/rowwise.h.
+KINDS = (
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "tv",
+    "skew_forward",
+    "skew_reverse",
+    "jeffreys",
+    "ab",
+    "renyi",
+    "cross_entropy",
+)
+REDUCTIONS = ("none", "sum", "batchmean", "mean")
+
+GRAD_STUDENT, GRAD_TEACHER, GRAD_ROWS = 1, 2, 4
+
+# Saved fp16 gradients are per row, times this: a gradient already divided by the number of rows
+# would be lost to fp16's underflow before a GradScaler's factor reaches it in the backward.
+HALF_BOOST = 256.0
+
+_SCHEMA = (
+    "(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? row_weight,"
+    " Tensor? temperatures, Tensor? teacher_temperatures,"
+    " float temperature, float teacher_temperature, int kind, float alpha, float beta,"
+    " float kd_weight, float ce_weight, float label_smoothing, int ignore_index,"
+    " bool t2, int reduction, int grads)"
+)
+# loss: 0-d, or one per row where reduction is "none". grad_student, grad_teacher: like the logits,
+# or of size 0 where not asked for. rows (4, N), or of size 0: the gradients of the loss to
+# row_weight, temperature and teacher_temperature, and the factor an fp16 gradient still lacks.
+_RETURNS = "-> (Tensor loss, Tensor grad_student, Tensor grad_teacher, Tensor rows)"
+
+for _name in ("rowwise", "rowwise_triton"):
+    torch.library.define(f"{NAMESPACE}::{_name}", f"{_SCHEMA} {_RETURNS}")
+torch.library.define(
+    f"{NAMESPACE}::rowwise_inplace",
+    _SCHEMA.replace("Tensor student", "Tensor(a!) student", 1)
+    + " -> (Tensor loss, Tensor grad_teacher, Tensor rows)",
+)
+
+
+class Spec(NamedTuple):
+    """The numbers of one call, in the operator's order; see ``kdkernels.functional.rowwise``."""
+
+    temperature: float
+    teacher_temperature: float
+    kind: int
+    alpha: float
+    beta: float
+    kd_weight: float
+    ce_weight: float
+    label_smoothing: float
+    ignore_index: int
+    t2: bool
+    reduction: int
+
+
+def compute_dtype(student: torch.Tensor, teacher: torch.Tensor) -> torch.dtype:
+    """What rows are accumulated in: fp64 if either side is fp64, else fp32."""
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def _fake(student, teacher, *args):
+    reduction, grads = args[-2:]
+    dtype = compute_dtype(student, teacher)
+    leading = student.shape[:-1]
+    rows = leading.numel() if isinstance(leading, torch.Size) else 1
+    loss = student.new_empty(leading if reduction == 0 else (), dtype=dtype)
+    grad_student = student.new_empty(student.shape if grads & GRAD_STUDENT else (0,))
+    grad_teacher = teacher.new_empty(teacher.shape if grads & GRAD_TEACHER else (0,))
+    rows = student.new_empty((4, rows) if grads & GRAD_ROWS else (0,), dtype=dtype)
+    return loss, grad_student, grad_teacher, rows
+
+
+torch.library.register_fake(f"{NAMESPACE}::rowwise", _fake)
+torch.library.register_fake(f"{NAMESPACE}::rowwise_triton", _fake)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::rowwise_inplace")
+def _(*args):
+    loss, _, grad_teacher, rows = _fake(*args)
+    return loss, grad_teacher, rows
+
+
+_compiled = torch.ops.kdkernels.rowwise.default
+_compiled_inplace = torch.ops.kdkernels.rowwise_inplace.default
+
+
+def _operator(backend: str):
+    if backend != "triton":
+        return _compiled
+    importlib.import_module("kdkernels.triton.rowwise")  # registers the kernel on first use
+    return torch.ops.kdkernels.rowwise_triton.default
+
+
+class _Rowwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask,
+        name, operator, spec,
+    ):  # fmt: skip
+        need = ctx.needs_input_grad
+        half_student = need[0] and student.dtype == torch.float16
+        half_teacher = need[1] and teacher.dtype == torch.float16
+        need_rows = need[2] or need[3] or need[4] or half_student or half_teacher
+        grads = GRAD_STUDENT * need[0] | GRAD_TEACHER * need[1] | GRAD_ROWS * need_rows
+        loss, grad_student, grad_teacher, rows = operator(
+            student, teacher, labels, mask, row_weight, temperatures, teacher_temperatures,
+            *spec, grads,
+        )  # fmt: skip
+        ctx.save_for_backward(grad_student, grad_teacher, rows)
+        ctx.name = name
+        ctx.half = (half_student, half_teacher)
+        ctx.scalar_temperatures = tuple(
+            t is not None and t.numel() == 1 for t in (temperatures, teacher_temperatures)
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        refuse_higher_order(ctx.name)
+        grad_student, grad_teacher, rows = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        if need[0]:
+            grad_student = scaled(grad_student, upstream, rows[3] if ctx.half[0] else None)
+        if need[1]:
+            grad_teacher = scaled(grad_teacher, upstream, rows[3] if ctx.half[1] else None)
+        row_grads = [None] * 3
+        if any(need[2:5]):
+            row_grads = list((rows[:3] * upstream.reshape(-1)).unbind())
+            for i, scalar in enumerate(ctx.scalar_temperatures, start=1):
+                if scalar:
+                    row_grads[i] = row_grads[i].sum().reshape(1)
+        return (
+            grad_student if need[0] else None,
+            grad_teacher if need[1] else None,
+            *(grad if needed else None for grad, needed in zip(row_grads, need[2:5], strict=True)),
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+class _RowwiseInplace(torch.autograd.Function):
+    """The gradient overwrites the student's logits, so that it costs no memory at all."""
+
+    @staticmethod
+    def forward(
+        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask,
+        name, spec,
+    ):  # fmt: skip
+        half = student.dtype == torch.float16
+        buffer = student.detach()
+        loss, _, rows = _compiled_inplace(
+            buffer, teacher, labels, mask, row_weight, temperatures, teacher_temperatures,
+            *spec, GRAD_STUDENT | (GRAD_ROWS if half else 0),
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(student)
+        ctx.buffer, ctx.version = buffer, student._version
+        ctx.row_factor = rows[3] if half else None
+        ctx.name = name
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        refuse_higher_order(ctx.name)
+        grad, ctx.buffer = ctx.buffer, None
+        if grad is None:
+            raise RuntimeError(
+                f"{ctx.name}: inplace=True allows one backward; the first one has used the buffer."
+            )
+        if grad._version != ctx.version:
+            raise RuntimeError(
+                f"{ctx.name}: the student's logits were modified after inplace=True had stored the "
+                f"gradient in them (version {grad._version}, expected {ctx.version})."
+            )
+        torch.ops.kdkernels.scale_rows_.default(grad, upstream, ctx.row_factor)
+        return grad, *(None,) * 8
+
+
+def apply(
+    name: str, backend: str, student, teacher, labels, mask, row_weight, temperatures,
+    teacher_temperatures, spec: Spec, inplace: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Run the family's kernel on validated inputs, recording a gradient where one is needed."""
+    refuse_transforms(name)
+    tensors = (student, teacher, row_weight, temperatures, teacher_temperatures)
+    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if inplace:
+        if backend != "cpu":
+            raise NotImplementedError(f"{name}: inplace=True has no {backend} kernel.")
+        if recording:
+            if not student.requires_grad or any(
+                t is not None and t.requires_grad for t in tensors[1:]
+            ):
+                raise NotImplementedError(
+                    f"{name}: inplace=True gives a gradient to the student alone; another "
+                    "argument requires one."
+                )
+            return _RowwiseInplace.apply(*tensors, labels, mask, name, spec)
+    operator = _operator(backend)
+    if recording:
+        return _Rowwise.apply(*tensors, labels, mask, name, operator, spec)
+    loss, *_ = operator(
+        student, teacher, labels, mask, row_weight, temperatures, teacher_temperatures, *spec, 0
+    )
+    return loss

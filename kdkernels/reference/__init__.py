@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every loss in plain torch: the specification, the oracle and the fallback.
+
+Differentiable to any order, and under ``torch.func``. One module per family.
+"""
+
+from kdkernels.reference.rowwise import rowwise
+
+__all__ = ["rowwise"]

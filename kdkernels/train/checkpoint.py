@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either whole or absent: written beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from kdkernels.train.errors import InputError
+from kdkernels.train.models import build_model
+
+
+def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
+    """Replace ``path`` by what ``fill`` writes; whatever goes wrong, the old file stays whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON."""
+    write(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write JSON Lines."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a missing or damaged file is named."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Save what a run needs to go on."""
+    write(path, lambda file: torch.save(state, file))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Load what :func:`save_state` saved, on the CPU; a damaged file is named."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from error
+
+
+def save_model(path: Path, name: str, model: nn.Module, shape: tuple[int, ...], classes: int):
+    """Save a model's weights with what is needed to build it again."""
+    metadata = {"model": name, "shape": json.dumps(shape), "classes": str(classes)}
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    write(path, lambda file: file.write(save(tensors, metadata)))
+
+
+def load_model(path: Path, shape: tuple[int, ...], classes: int) -> tuple[str, nn.Module]:
+    """Name and model saved by :func:`save_model`, which must fit the images and classes."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such model file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    if not {"model", "shape", "classes"} <= metadata.keys():
+        raise InputError(f"{path}: not saved by kdkernels train (no model name in its metadata)")
+    found = (tuple(json.loads(metadata["shape"])), int(metadata["classes"]))
+    if found != (tuple(shape), classes):
+        raise InputError(
+            f"{path}: trained on images (H, W, C) = {found[0]} of {found[1]} classes; the data "
+            f"has {tuple(shape)} of {classes}"
+        )
+    model = build_model(metadata["model"], shape, classes)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise InputError(f"{path}: does not fit {metadata['model']} ({error})") from error
+    return metadata["model"], model

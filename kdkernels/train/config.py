@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a training run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kdkernels.train.errors import InputError
+
+
+def user_cache() -> str:
+    """Where decoded image folders are kept unless told otherwise."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(root) / "kdkernels")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a student on images, alone (ce) or with a teacher (kd).
+
+    Args:
+        method: training method; its own options follow by their own names.
+        data: "digits", a folder holding cifar-10-batches-py or cifar-100-python, or a folder of
+            images (train|val|test/<class>/*, or <class>/*).
+        student: mlp<width>, convnet<width>, resnet<6n+2> or resnet<6n+2>x4, e.g. resnet8x4.
+        teacher: model of the teacher, trained first with cross-entropy; a method that needs no
+            teacher is measured against it.
+        teacher_checkpoint: a model.safetensors of an earlier run, used instead of training one.
+        teacher_epochs: epochs of the teacher's training; --epochs if not given.
+        teacher_seed: seed of the teacher's training.
+        epochs: passes over the training images.
+        max_steps: stop after so many steps, if that is earlier.
+        batch_size: images per step.
+        lr: learning rate of SGD (Nesterov momentum 0.9) at the start.
+        schedule: cosine to zero, or multistep (a tenth after 5/8, 6/8 and 7/8 of the steps).
+        weight_decay: L2 penalty of all weights.
+        augment: random crop with padding and mirroring, on the device; auto takes what suits the
+            data set.
+        seed: one run for each; initial weights and the order of the images come from it.
+        backend: which implementation runs the distillation losses.
+        accelerator: the device to train on.
+        precision: of the networks; losses are computed in float32 or better.
+        val_fraction: share of the training images that selects the best epoch, where the data
+            set has no validation part.
+        split_seed: seed by which validation (and, where there is none, test) images are drawn.
+        image_size: resize and centre-crop an image folder's images to this many pixels a side.
+        checkpoint_every: also checkpoint every so many steps (0: at the end of every epoch only).
+        cache_dir: where decoded image folders are kept.
+        out: folder of the results, new or empty; runs/<data>-<method>-<student> if not given.
+        resume: go on with the run in --out.
+    """
+
+    method: str = "kd"
+    data: str = "digits"
+    student: str = "mlp16"
+    teacher: str | None = None
+    teacher_checkpoint: str | None = None
+    teacher_epochs: int | None = None
+    teacher_seed: int = 0
+    epochs: int = 60
+    max_steps: int | None = None
+    batch_size: int = 64
+    lr: float = 0.05
+    schedule: Literal["cosine", "multistep"] = "cosine"
+    weight_decay: float = 5e-4
+    augment: Literal["auto", "none", "crop", "crop-flip"] = "auto"
+    seed: tuple[int, ...] = (0,)
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    image_size: int | None = None
+    checkpoint_every: int = 0
+    cache_dir: str = field(default_factory=user_cache)
+    out: str | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "max_steps", "batch_size", "lr", "teacher_epochs", "image_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{option(name)}: expected a number above 0, got {value}")
+        for name in ("weight_decay", "checkpoint_every"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise InputError(f"{option(name)}: expected 0 or more, got {value}")
+        if not self.seed or len(set(self.seed)) < len(self.seed) or min(self.seed) < 0:
+            raise InputError(f"--seed: expected different numbers from 0 up, got {list(self.seed)}")
+        if self.teacher and self.teacher_checkpoint:
+            raise InputError("--teacher and --teacher-checkpoint: expected one of them, got both")
+
+    def resolved(self) -> dict[str, Any]:
+        """What decides the results, for the record and for comparison when resuming."""
+        record = asdict(self)
+        for name in ("out", "resume", "cache_dir"):
+            del record[name]
+        return record | {"seed": list(self.seed)}
+
+
+def option(name: str) -> str:
+    """The command line's spelling of an option."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hinton's distillation (arXiv 1503.02531)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kdkernels import functional as KF
+from kdkernels.train.data import Batch
+from kdkernels.train.errors import InputError
+from kdkernels.train.methods.base import Method, Output
+
+
+class KD(Method):
+    """(1 - alpha) CE + alpha T^2 KL(teacher || student) at temperature T, one pass over the logits.
+
+    Args:
+        temperature: softens the teacher's and the student's probabilities.
+        alpha: weight of the teacher's part; the labels get the rest.
+    """
+
+    def __init__(
+        self, temperature: float = 4.0, alpha: float = 0.9, *, backend: str = "auto"
+    ) -> None:
+        super().__init__(backend)
+        if not temperature > 0:
+            raise InputError(f"--temperature: expected a number above 0, got {temperature}")
+        if not 0 <= alpha <= 1:
+            raise InputError(f"--alpha: expected a number from 0 to 1, got {alpha}")
+        self.temperature, self.alpha = temperature, alpha
+
+    def teachers(self, step: int) -> Sequence[int]:
+        return (0,)
+
+    def losses(
+        self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
+    ) -> dict[str, Tensor]:
+        (teacher,) = teacher_out
+        loss = KF.kd_loss(
+            student_out.logits,
+            teacher.logits,
+            batch.labels,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            backend=self.backend,
+        )
+        return {"kd": loss}

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a classifier's logits are worth: accuracy, calibration, closeness to the teacher."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdkernels import functional as KF
+from kdkernels.train.data import Dataset, Split, normaliser
+
+
+def predict(
+    model: nn.Module, data: Dataset, split: Split, device: torch.device, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Logits (n, K) and labels (n,) of a split; the model's mode is left as it was."""
+    normalise, training = normaliser(data, device), model.training
+    model.eval()
+    logits = []
+    with torch.no_grad():
+        for start in range(0, len(split), chunk):
+            images = torch.from_numpy(split.take(slice(start, start + chunk))[0]).to(device)
+            logits.append(model(normalise(images)))
+    model.train(training)
+    labels = torch.from_numpy(split.labels[split.rows]).to(device)
+    return torch.cat(logits).float(), labels
+
+
+def measure(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
+    """Accuracy and ECE, and with the teacher's logits agreement and KL(teacher || student)."""
+    metrics = {"accuracy": accuracy(logits, labels), "ece": calibration_error(logits, labels)}
+    if teacher is not None:
+        metrics["agreement"] = accuracy(logits, teacher.argmax(-1))
+        metrics["kl_to_teacher"] = KF.kl_div(logits, teacher).item()
+    return metrics
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest logit is the label's."""
+    return (logits.argmax(-1) == labels).float().mean().item()
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (arXiv 1706.04599): equal-width bins of the top probability.
+
+    The mean over samples of |accuracy - confidence| of the bin a sample falls in.
+    """
+    confidence, predicted = logits.double().softmax(-1).max(-1)
+    correct = (predicted == labels).double()
+    # Bins are open below and closed above: a confidence of 1 belongs to the last.
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.double, device=logits.device)
+    gaps.index_add_(0, index, correct - confidence)
+    return (gaps.abs().sum() / len(labels)).item()
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
