@@ -3,18 +3,10 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from kdkernels.train.errors import InputError
-
-
-def user_cache() -> str:
-    """Where decoded image folders are kept unless told otherwise."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return str(Path(root) / "kdkernels")
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class Config:
         split_seed: seed by which validation (and, where there is none, test) images are drawn.
         image_size: resize and centre-crop an image folder's images to this many pixels a side.
         checkpoint_every: also checkpoint every so many steps (0: at the end of every epoch only).
-        cache_dir: where decoded image folders are kept.
+        cache_dir: where decoded image folders are kept; kdkernels in the user's cache if not given.
         out: folder of the results, new or empty; runs/<data>-<method>-<student> if not given.
         resume: go on with the run in --out.
     """
@@ -75,7 +67,7 @@ class Config:
     split_seed: int = 0
     image_size: int | None = None
     checkpoint_every: int = 0
-    cache_dir: str = field(default_factory=user_cache)
+    cache_dir: str | None = None
     out: str | None = None
     resume: bool = False
 

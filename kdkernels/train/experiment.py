@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """An experiment: data, a teacher, and one student for each seed, in one folder.
 
-The folder holds ``config.json``, ``teacher/`` if one was trained, ``seed-N/`` for each seed (with
-``checkpoint.pt``, ``log.jsonl``, ``model.safetensors``, ``results.json``), and over all seeds
-``results.json`` and ``curves.png``.
+The folder holds ``config.json``; ``teacher/`` if one was trained and ``seed-N/`` for each seed,
+with ``checkpoint.pt``, ``log.jsonl``, ``model.safetensors`` and, once finished, ``results.json``;
+and over all seeds ``results.json`` and ``curves.png``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,67 +26,158 @@ from kdkernels.train.data import Dataset, load_data
 from kdkernels.train.errors import InputError
 from kdkernels.train.loop import fit
 from kdkernels.train.methods import METHODS, Method
-from kdkernels.train.metrics import accuracy, predict, spread
+from kdkernels.train.metrics import accuracy, predict, summarise
 from kdkernels.train.models import build_model
 
 
 def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Run an experiment and return what its ``results.json`` holds.
 
-    ``options`` are those of the method, e.g. ``{"temperature": 4.0}``. All that can be checked is
+    ``options`` are those of the method, e.g. ``{"temperature": 4.0}``. What can be checked is
     checked before anything is written.
     """
     options = dict(options or {})
-    make_method(config, options)
+    method = make_method(config.method, config.backend, options)
+    record = config.resolved() | {"options": resolved_options(config.method, options)}
+    if method.teachers(0) and not (config.teacher or config.teacher_checkpoint):
+        raise InputError(f"--method {config.method}: expected --teacher or --teacher-checkpoint")
     fabric = make_fabric(config)
     data = load_data(
         config.data,
         val_fraction=config.val_fraction,
         split_seed=config.split_seed,
         image_size=config.image_size,
-        cache_dir=Path(config.cache_dir),
+        cache_dir=Path(config.cache_dir) if config.cache_dir else user_cache(),
     )
-    build_model(config.student, data.shape, len(data.classes))
-    if config.teacher:
-        build_model(config.teacher, data.shape, len(data.classes))
-    loaded = None
+    teacher = None
     if config.teacher_checkpoint:
         path = Path(config.teacher_checkpoint)
-        loaded = checkpoint.load_model(path, data.shape, len(data.classes))
+        teacher = checkpoint.load_model(path, data.shape, len(data.classes))
+    for name in filter(None, (config.student, config.teacher)):
+        build_model(name, data.shape, len(data.classes))
 
     out = Path(config.out or f"runs/{data.name}-{config.method}-{config.student}")
-    claim(out, config.resolved() | {"options": options}, config.resume)
+    claim(out, record, resume=config.resume)
 
-    teacher_name, teacher = loaded or train_teacher(fabric, data, config, out / "teacher")
-    teachers = [freeze(fabric, teacher)] if teacher is not None else []
+    results = {"config": record, "environment": kdkernels.info()}
+    if config.teacher:
+        teacher = trained_teacher(fabric, data, config, out / "teacher")
+    teachers = []
+    if teacher:
+        name, model = teacher
+        teachers = [freeze(fabric, model)]
+        test_accuracy = accuracy(*predict(teachers[0], data, data.test, fabric.device))
+        results["teacher"] = {"model": name, "test": {"accuracy": test_accuracy}}
     runs = []
     for seed in config.seed:
-        runs.append(
-            train_model(
-                fabric,
-                make_method(config, options),
-                config.student,
-                teachers,
-                data,
-                config,
-                epochs=config.epochs,
-                seed=seed,
-                out=out / f"seed-{seed}",
-                label=f"{config.method} {config.student} seed {seed}",
-            )
-        )
-
-    results = {
-        "method": config.method,
-        "student": {"model": config.student, "parameters": count_parameters(student)},
-        "config": config.resolved() | {"options": options},
-        "environment": kdkernels.info(),
-        "runs": runs,
-        "summary": summarise(runs),
-    }
-    if teachers:
-        test_accuracy = accuracy(*predict(teachers[0], data, data.test, fabric.device))
-        results["teacher"] = {"model": teacher_name, "test_accuracy": test_accuracy}
+        method = make_method(config.method, config.backend, options)
+        runs.append(train(fabric, method, teachers, data, config, seed, out / f"seed-{seed}"))
+    results |= {"runs": runs, "summary": summarise(runs)}
     checkpoint.write_json(out / "results.json", results)
-    report.plot_curves(out)
+    folders = {config.method: [out / f"seed-{seed}" for seed in config.seed]}
+    if config.teacher:
+        folders["teacher"] = [out / "teacher"]
+    report.plot_curves(out / "curves.png", folders)
     return results
+
+
+def train(
+    fabric: Fabric,
+    method: Method,
+    teachers: Sequence[nn.Module],
+    data: Dataset,
+    config: Config,
+    seed: int,
+    out: Path,
+) -> dict[str, Any]:
+    """One model of ``config.student`` from one seed, or the results already in ``out``."""
+    if (out / "results.json").exists():
+        return checkpoint.read_json(out / "results.json")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = build_model(config.student, data.shape, len(data.classes))
+    results = {
+        "seed": seed,
+        "model": config.student,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **fit(fabric, method, model, teachers, data, config, seed=seed, out=out),
+    }
+    checkpoint.save_model(
+        out / "model.safetensors", config.student, model, data.shape, len(data.classes)
+    )
+    checkpoint.write_json(out / "results.json", results)
+    return results
+
+
+def trained_teacher(
+    fabric: Fabric, data: Dataset, config: Config, out: Path
+) -> tuple[str, nn.Module]:
+    """The teacher, trained with cross-entropy unless ``out`` already has it."""
+    as_student = replace(
+        config,
+        method="ce",
+        student=config.teacher,
+        epochs=config.teacher_epochs or config.epochs,
+        max_steps=None if config.teacher_epochs else config.max_steps,
+    )
+    method = make_method("ce", config.backend, {})
+    train(fabric, method, [], data, as_student, config.teacher_seed, out)
+    return checkpoint.load_model(out / "model.safetensors", data.shape, len(data.classes))
+
+
+def user_cache() -> Path:
+    """Where decoded image folders are kept unless told otherwise."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "kdkernels"
+
+
+def make_method(name: str, backend: str, options: Mapping[str, Any]) -> Method:
+    """The method called ``name`` with its options."""
+    if name not in METHODS:
+        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}")
+    try:
+        return METHODS[name](**options, backend=backend)
+    except TypeError as error:
+        raise InputError(f"--method {name}: {error}") from error
+
+
+def resolved_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method with the defaults filled in."""
+    arguments = inspect.signature(METHODS[name]).bind(**options)
+    arguments.apply_defaults()
+    return {key: value for key, value in arguments.arguments.items() if key != "backend"}
+
+
+def make_fabric(config: Config) -> Fabric:
+    """One device at the precision asked for."""
+    try:
+        return Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--accelerator {config.accelerator} --precision {config.precision}: {error}"
+        ) from error
+
+
+def freeze(fabric: Fabric, teacher: nn.Module) -> nn.Module:
+    """The teacher on the device, in evaluation mode, its weights fixed."""
+    return fabric.setup_module(teacher.requires_grad_(False)).eval()
+
+
+def claim(out: Path, record: dict[str, Any], *, resume: bool) -> None:
+    """Take ``out`` for the run that ``record`` describes; never a folder that holds another."""
+    path = out / "config.json"
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {out}: not empty; give another folder, or --resume to go on")
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path, record)
+        return
+    if not path.exists():
+        raise InputError(f"--resume: no run to go on with in {out} ({path.name} is missing)")
+    before = checkpoint.read_json(path)
+    keys = sorted(
+        key for key in before.keys() | record.keys() if before.get(key) != record.get(key)
+    )
+    if keys:
+        changes = ", ".join(f"{key} was {before.get(key)}, is {record.get(key)}" for key in keys)
+        raise InputError(f"--resume: {out} was started with other options: {changes}")

@@ -53,10 +53,8 @@ def fit(
     data: Dataset,
     config: Config,
     *,
-    epochs: int,
     seed: int,
     out: Path,
-    label: str,
 ) -> dict[str, Any]:
     """Train ``student``, leave it with the weights of its best epoch, and return the results.
 
@@ -67,7 +65,7 @@ def fit(
     batches = Batches(
         data, batch_size=config.batch_size, augment=config.augment, seed=seed, device=device
     )
-    last_step = min(epochs * batches.per_epoch, config.max_steps or math.inf)
+    last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
     optimizer = torch.optim.SGD(
         [{"params": list(student.parameters())}, *method.parameter_groups()],
         lr=config.lr,
@@ -89,6 +87,7 @@ def fit(
     clock = StepClock(device)
     sums: Counter[str] = Counter()
 
+    label = f"{config.method} {config.student} seed {seed}"
     with report.progress(label, state.step, last_step) as advance:
         while state.step < last_step:
             epoch, position = divmod(state.step, batches.per_epoch)
@@ -120,13 +119,21 @@ def fit(
             advance()
 
             epoch_ends = state.step % batches.per_epoch == 0 or state.step == last_step
-            if epoch_ends or (config.checkpoint_every and state.step % config.checkpoint_every == 0):
+            if epoch_ends or (
+                config.checkpoint_every and state.step % config.checkpoint_every == 0
+            ):
                 sums["seconds"], sums["loss_seconds"] = clock.read()
                 add_to_tally(state, sums)
                 if epoch_ends:
                     logits, labels = predict(model, data, data.val, device)
-                    close_epoch(state, epoch, measure(logits, labels, teacher_val), student,
-                                lr=optimizer.param_groups[0]["lr"], batch_size=batches.batch_size)
+                    close_epoch(
+                        state,
+                        epoch,
+                        measure(logits, labels, teacher_val),
+                        student,
+                        lr=optimizer.param_groups[0]["lr"],
+                        batch_size=batches.batch_size,
+                    )
                     checkpoint.write_lines(out / "log.jsonl", state.history)
                 save(out / "checkpoint.pt", state, checkpointed, device)
 
@@ -154,6 +161,7 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> T
 def add_to_tally(state: State, sums: Counter[str]) -> None:
     """Move the sums of the last steps into the state, unless one of them is not finite."""
     tally = {name: float(value) for name, value in sums.items()}
+    sums.clear()
     broken = [name for name, value in tally.items() if not math.isfinite(value)]
     if broken:
         first = state.step - int(tally["steps"]) + 1
@@ -161,8 +169,8 @@ def add_to_tally(state: State, sums: Counter[str]) -> None:
             f"{', '.join(broken)} not finite within steps {first} to {state.step}; the checkpoint "
             f"before them is kept (a smaller --lr may help)"
         )
-    state.tally = dict(Counter(state.tally) + Counter(tally))
-    sums.clear()
+    for name, value in tally.items():
+        state.tally[name] = state.tally.get(name, 0.0) + value
 
 
 def close_epoch(
@@ -191,7 +199,9 @@ def close_epoch(
         }
     )
     if state.best is None or validation["accuracy"] > state.best["accuracy"]:
-        weights = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
+        weights = {
+            name: value.detach().cpu().clone() for name, value in student.state_dict().items()
+        }
         state.best = {"epoch": epoch + 1, "accuracy": validation["accuracy"], "weights": weights}
 
 

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-import numpy as np
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +58,25 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     return (gaps.abs().sum() / len(labels)).item()
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for a single value)."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation over runs (0 for one) of every number they report.
+
+    Nested names are joined by dots, as in ``"test.accuracy"``.
+    """
+    flat = [dict(_numbers(run)) for run in runs]
+    values = {name: [run[name] for run in flat] for name in flat[0]}
+    return {
+        name: {
+            "mean": statistics.fmean(numbers),
+            "std": statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
+        }
+        for name, numbers in values.items()
+    }
+
+
+def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", value

@@ -23,8 +23,10 @@ def build_model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Modu
     """The model called ``name`` for images of ``shape`` (H, W, C), e.g. ``"resnet20"``."""
     height, width, channels = shape
     if min(height, width) < MIN_SIZE:
-        raise InputError(f"model {name}: expected images of {MIN_SIZE}x{MIN_SIZE} or more pixels, "
-                         f"got {width}x{height}")
+        raise InputError(
+            f"model {name}: expected images of {MIN_SIZE}x{MIN_SIZE} or more pixels, "
+            f"got {width}x{height}"
+        )
     found = re.fullmatch(r"(mlp|convnet|resnet)([1-9]\d*)(x4)?", name)
     kind, number, wide = found.groups() if found else (None, 0, None)
     number = int(number)

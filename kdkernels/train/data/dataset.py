@@ -59,7 +59,13 @@ class Dataset:
 
     @classmethod
     def build(
-        cls, name: str, classes: tuple[str, ...], augment: str, train: Split, val: Split, test: Split
+        cls,
+        name: str,
+        classes: tuple[str, ...],
+        augment: str,
+        train: Split,
+        val: Split,
+        test: Split,
     ) -> Dataset:
         """A data set with the statistics of its training pixels; an empty split is refused."""
         for part, split in {"training": train, "validation": val, "test": test}.items():

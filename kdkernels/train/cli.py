@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kdkernels train``: options from a config file and from the command line, which wins."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import docstring_parser
+from jsonargparse import ArgumentParser
+
+from kdkernels.train import experiment, report
+from kdkernels.train.config import Config, option
+from kdkernels.train.errors import InputError, TrainError
+from kdkernels.train.methods import METHODS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``kdkernels train`` and return its exit status."""
+    # jsonargparse lets the later of two values win: the config file goes first.
+    find_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    find_config.add_argument("--config")
+    found, rest = find_config.parse_known_args(argv)
+    arguments = make_parser().parse_args(
+        (["--config", found.config] if found.config else []) + rest
+    )
+    try:
+        config, options = split(vars(arguments))
+        results = experiment.run(config, options)
+    except TrainError as error:
+        print(f"kdkernels train: {error}", file=sys.stderr)
+        return 1
+    name = f"{config.method} {config.student}"
+    seeds = ", ".join(map(str, config.seed))
+    report.console.print(report.table(f"{config.data}, seeds {seeds}", {name: results["summary"]}))
+    return 0
+
+
+def make_parser() -> ArgumentParser:
+    """The options of :class:`Config`, then those of every method."""
+    parser = ArgumentParser(
+        prog="kdkernels train",
+        description=inspect.getdoc(Config).splitlines()[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these options as keys.")
+    for parameter in parameters(Config):
+        settings = {"type": parameter.type, "default": parameter.default, "help": parameter.help}
+        if parameter.type is bool:
+            del settings["type"]
+            settings["action"] = "store_true"
+        elif parameter.name == "seed":
+            settings |= {"type": int, "nargs": "+", "default": list(parameter.default)}
+        parser.add_argument(option(parameter.name), **settings)
+    # Methods share names (temperature) with defaults of their own, so None stands for "not given".
+    users: dict[str, list[tuple[str, Parameter]]] = {}
+    for method, kind in METHODS.items():
+        for parameter in parameters(kind):
+            users.setdefault(parameter.name, []).append((method, parameter))
+    group = parser.add_argument_group("options of methods")
+    for name, uses in users.items():
+        defaults = ", ".join(f"{method}: {parameter.default}" for method, parameter in uses)
+        first = uses[0][1]
+        group.add_argument(
+            option(name), type=first.type | None, help=f"{first.help} Default for {defaults}."
+        )
+    return parser
+
+
+def split(arguments: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """The run's config and the options given for its method."""
+    arguments = {name: value for name, value in arguments.items() if name != "config"}
+    common = {parameter.name: arguments.pop(parameter.name) for parameter in parameters(Config)}
+    config = Config(**common | {"seed": tuple(common["seed"])})
+    options = {name: value for name, value in arguments.items() if value is not None}
+    if config.method in METHODS:
+        known = {parameter.name for parameter in parameters(METHODS[config.method])}
+        for name in options.keys() - known:
+            raise InputError(f"{option(name)}: not an option of --method {config.method}")
+    return config, options
+
+
+class Parameter(NamedTuple):
+    """An argument of a class, as its signature and docstring have it."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+def parameters(kind: type) -> Iterator[Parameter]:
+    """The arguments of a class with their help lines, which its docstring must have."""
+    described = {
+        entry.arg_name: " ".join(entry.description.split())
+        for entry in docstring_parser.parse(inspect.getdoc(kind)).params
+    }
+    for name, parameter in inspect.signature(kind, eval_str=True).parameters.items():
+        if kind is Config or name != "backend":
+            yield Parameter(name, parameter.annotation, parameter.default, described[name])

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person sees of a run: a progress bar, a table, curves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kdkernels.train import checkpoint
+
+console = Console()
+
+# Heading, name in a summary, factor and decimals for display.
+ROWS = (
+    ("test accuracy, %", "test.accuracy", 100, 2),
+    ("same, last epoch", "test.accuracy_of_last_epoch", 100, 2),
+    ("best validation accuracy, %", "val.best", 100, 2),
+    ("mean of last 10 epochs", "val.mean_of_last_10", 100, 2),
+    ("agreement with teacher, %", "test.agreement", 100, 2),
+    ("KL to teacher, nats", "test.kl_to_teacher", 1, 4),
+    ("calibration error (ECE), %", "test.ece", 100, 2),
+    ("samples/s", "samples_per_second", 1, 0),
+    ("loss, ms a step", "loss_ms", 1, 4),
+    ("loss, % of the step", "loss_share", 100, 1),
+)
+
+
+@contextmanager
+def progress(label: str, done: int, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of steps; yields the function to call after each. Silent in CI and without a tty."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    quiet = not console.is_terminal or "CI" in os.environ
+    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+        task = bar.add_task(label, total=total, completed=done)
+        yield partial(bar.advance, task)
+
+
+def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A column for each named summary: mean and standard deviation over seeds."""
+    shown = Table(title=title)
+    shown.add_column("")
+    for name in summaries:
+        shown.add_column(name, justify="right")
+    for heading, key, factor, decimals in ROWS:
+        cells = []
+        for summary in summaries.values():
+            if key not in summary:
+                cells.append("-")
+                continue
+            mean, std = (factor * summary[key][part] for part in ("mean", "std"))
+            cells.append(f"{mean:.{decimals}f} ± {std:.{decimals}f}")
+        shown.add_row(heading, *cells)
+    return shown
+
+
+def plot_curves(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:
+    """Validation accuracy and training loss by epoch: a colour for each name, a line per run."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for index, (name, folders) in enumerate(runs.items()):
+        for folder in folders:
+            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            epochs = [record["epoch"] for record in log]
+            style = {"color": f"C{index}", "label": name if folder == folders[0] else None}
+            left.plot(epochs, [100 * record["val"]["accuracy"] for record in log], **style)
+            right.plot(epochs, [record["train"]["loss"] for record in log], **style)
+    left.set(xlabel="epoch", ylabel="validation accuracy, %")
+    right.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    left.legend()
+    checkpoint.write(path, partial(figure.savefig, format="png", dpi=120))
+    pyplot.close(figure)
