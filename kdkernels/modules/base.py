@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loss function with its keyword arguments held, as a ``torch.nn.Module``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LossModule(nn.Module):
+    """Base of the modules: a subclass names a function of ``kdkernels.functional``.
+
+    The constructor takes that function's keyword-only arguments, with its defaults, less those that
+    ``forward`` takes: signature, values and messages have one source. What is held is an attribute
+    and may be changed between calls; an ``nn.Parameter`` is registered as one (and learned), any
+    other tensor as a buffer.
+    """
+
+    _function: Callable[..., Tensor]
+    __signature__: inspect.Signature
+
+    def __init_subclass__(cls, function: Callable[..., Tensor] | None = None, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if function is not None:
+            cls._function = staticmethod(function)
+            per_call = inspect.signature(cls.forward).parameters
+            cls.__signature__ = inspect.Signature(
+                parameter
+                for name, parameter in inspect.signature(function).parameters.items()
+                if parameter.kind is parameter.KEYWORD_ONLY and name not in per_call
+            )
+
+    def __init__(self, *args: Any, **held: Any) -> None:
+        super().__init__()
+        try:
+            bound = self.__signature__.bind(*args, **held)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self).__name__}: {error}; expected the keyword arguments "
+                f"{', '.join(self.__signature__.parameters)}."
+            ) from None
+        bound.apply_defaults()
+        self._check(bound.arguments)
+        for name, value in bound.arguments.items():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def _check(self, held: Mapping[str, Any]) -> None:
+        """Raise for hyperparameters that no call could be made with."""
+
+    def _call(self, *args: Tensor, **per_call: Tensor | None) -> Tensor:
+        held = {name: getattr(self, name) for name in self.__signature__.parameters}
+        return self._function(*args, **per_call, **held)
+
+    def extra_repr(self) -> str:
+        """What differs from the defaults, as one would write it to make the module again."""
+        shown = []
+        for name, parameter in self.__signature__.parameters.items():
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                what = "learned" if isinstance(value, nn.Parameter) else "tensor"
+                shown.append(f"{name}=<{what}, shape {tuple(value.shape)}>")
+            elif value != parameter.default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)

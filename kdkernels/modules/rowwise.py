@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rowwise losses as modules; arguments, result and errors are those of their functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels import backends, checks, functional
+from kdkernels.modules.base import LossModule
+
+
+class RowwiseLoss(LossModule):
+    """Base of the rowwise modules: logits in, loss out."""
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        row_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of ``student`` (..., C) against ``teacher``."""
+        return self._call(student, teacher, labels, mask=mask, row_weight=row_weight)
+
+    def _check(self, held):
+        # The function itself judges its hyperparameters, on one row. What depends on the logits
+        # (a tensor's shape and device, whether the backend runs there) is left to the call.
+        checks.choice(type(self).__name__, "backend", held["backend"], backends.BACKENDS)
+        numbers = {n: 1.0 if isinstance(v, Tensor) else v for n, v in held.items()}
+        row = torch.zeros(1, 2, device="cpu")
+        label = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self._function(row, row, label, **numbers | {"backend": "reference", "inplace": False})
+
+
+class SoftKLDivLoss(RowwiseLoss, function=functional.kl_div):
+    """Softened KL divergence of Hinton et al.: :func:`kdkernels.functional.kl_div`.
+
+    Takes logits, unlike ``torch.nn.KLDivLoss``; for its semantics see
+    :class:`kdkernels.dropin.KLDivFromLogits`.
+    """
+
+
+class ReverseKLDivLoss(RowwiseLoss, function=functional.reverse_kl_div):
+    """Reverse KL divergence: :func:`kdkernels.functional.reverse_kl_div`."""
+
+
+class JSDivLoss(RowwiseLoss, function=functional.js_div):
+    """Generalised Jensen-Shannon divergence: :func:`kdkernels.functional.js_div`."""
+
+
+class TVDistanceLoss(RowwiseLoss, function=functional.tv_distance):
+    """Total variation distance: :func:`kdkernels.functional.tv_distance`."""
+
+
+class DivergenceLoss(RowwiseLoss, function=functional.divergence):
+    """Any divergence of the family by name: :func:`kdkernels.functional.divergence`."""
+
+
+class KDLoss(RowwiseLoss, function=functional.kd_loss):
+    """Cross-entropy and softened KL in one pass: :func:`kdkernels.functional.kd_loss`."""
