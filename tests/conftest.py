@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backends to run over, markers, and a header that says what is missing here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from kdkernels import backends
+from kdkernels.testing import LOSSES
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+OPTIONAL = ("triton", "trl", "timm", "liger_kernel")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: long or large; runs with KDKERNELS_SLOW=1")
+
+
+def pytest_report_header():
+    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    lines = [f"kdkernels: not installed: {', '.join(missing) or 'nothing'}"]
+    for device in DEVICES:
+        for backend in ("cpu", "triton", "cuda"):
+            ok, reason = backends.verdict("rowwise", backend, device)
+            lines.append(f"kdkernels: {backend} on {device}: {'yes' if ok else 'no'} ({reason})")
+    return lines
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("KDKERNELS_SLOW", "0") != "1":
+        skip = pytest.mark.skip(reason="slow: set KDKERNELS_SLOW=1")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+def pytest_generate_tests(metafunc):
+    """Tests that take ``backend`` and ``device`` run on every pair that works here.
+
+    Where they take ``loss`` as well, they run over the registry; ``kernel`` in the place of
+    ``backend`` leaves out the reference.
+    """
+    names = metafunc.fixturenames
+    if "loss" in names:
+        metafunc.parametrize("loss", [pytest.param(x, id=x.name) for x in LOSSES.values()])
+    for name in ("backend", "kernel"):
+        if not {name, "device"} <= set(names):
+            continue
+        # One loss of the registry speaks for its family; there is one family so far.
+        places = [
+            pytest.param(
+                backend,
+                device,
+                id=backend if device == "cpu" else f"{backend}-{device}",
+                marks=[pytest.mark.gpu] if device == "cuda" else [],
+            )
+            for device in DEVICES
+            for backend in LOSSES["kl_div"].backends(device)
+            if name == "backend" or backend != "reference"
+        ]
+        metafunc.parametrize((name, "device"), places)
+
+
+@pytest.fixture
+def prefer():
+    """``kdkernels.backends.set_backend`` for one test."""
+    before = backends.get_backend()
+    yield backends.set_backend
+    backends.set_backend(before)
