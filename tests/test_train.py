@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer: models, methods, metrics, options, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kdkernels.train import Config, DivergedError, InputError, checkpoint, run
+from kdkernels.train.cli import main
+from kdkernels.train.data import Batch
+from kdkernels.train.experiment import make_method
+from kdkernels.train.methods import METHODS, Output
+from kdkernels.train.metrics import calibration_error, measure, summarise
+from kdkernels.train.models import build_model
+
+QUICK = {"student": "mlp8", "epochs": 2, "accelerator": "cpu"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are slower on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("resnet8", 0.084),
+        ("resnet14", 0.181),
+        ("resnet20", 0.278),
+        ("resnet32", 0.473),
+        ("resnet44", 0.667),
+        ("resnet56", 0.862),
+        ("resnet110", 1.737),
+        ("resnet8x4", 1.234),
+        ("resnet32x4", 7.434),
+    ],
+)
+def test_resnets_have_the_published_parameter_counts(name, millions):
+    model = build_model(name, (32, 32, 3), 100)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert round(count / 1e6, 3) == millions
+
+
+@pytest.mark.parametrize("name", ["mlp4", "convnet4", "resnet8", "resnet8x4"])
+@pytest.mark.parametrize("shape", [(8, 8, 1), (9, 13, 3), (32, 32, 3)])
+def test_models_take_any_size_and_channels(name, shape):
+    height, width, channels = shape
+    logits = build_model(name, shape, 7)(torch.randn(2, channels, height, width))
+    assert logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet2", "mlp", "mlp0", "mlp8x4", "vgg8"])
+def test_unknown_models_are_refused(name):
+    with pytest.raises(InputError, match=f"{name}.*expected one of"):
+        build_model(name, (8, 8, 1), 10)
+
+
+def test_small_images_are_refused():
+    with pytest.raises(InputError, match="expected images of 8x8 or more pixels, got 9x7"):
+        build_model("resnet8", (7, 9, 3), 10)
+
+
+@pytest.fixture
+def step():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 4, generator=generator, dtype=torch.double)
+    batch = Batch(torch.empty(5, 1, 8, 8), torch.tensor([0, 1, 2, 3, 1]))
+    return batch, Output(student.requires_grad_()), [Output(teacher)]
+
+
+def test_kd_without_teacher_weight_is_ce(step):
+    kd = make_method("kd", "reference", {"alpha": 0.0}).losses(*step)["kd"]
+    ce = make_method("ce", "reference", {}).losses(*step)["ce"]
+    torch.testing.assert_close(kd, ce, check_dtype=False)
+
+
+def test_kd_is_hintons_formula(step):
+    batch, student, (teacher,) = step
+    method = make_method("kd", "reference", {"temperature": 2.0, "alpha": 0.3})
+    p, q = (F.softmax(out.logits / 2.0, -1) for out in (teacher, student))
+    kl = (p * (p / q).log()).sum(-1).mean()
+    expected = 0.7 * F.cross_entropy(student.logits, batch.labels) + 0.3 * 4.0 * kl
+    torch.testing.assert_close(
+        method.losses(batch, student, [teacher])["kd"], expected, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"alpha": 1.5}, {"beta": 1.0}])
+def test_bad_method_options_are_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        make_method("kd", "reference", options)
+
+
+def test_calibration_error_by_hand():
+    # Two samples at confidence .8 of which one is right, one at .6 and wrong: (2 x .3 + .6) / 3.
+    probabilities = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]])
+    error = calibration_error(probabilities.log(), torch.tensor([0, 1, 0]))
+    assert error == pytest.approx((2 * 0.3 + 0.6) / 3)
+
+
+def test_calibration_error_is_zero_when_confidence_is_accuracy():
+    probabilities = torch.tensor([[0.75, 0.25]] * 4)
+    assert calibration_error(probabilities.log(), torch.tensor([0, 0, 0, 1])) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_metrics_by_hand():
+    student = torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.9, 0.1]])
+    teacher = torch.tensor([[0.6, 0.4], [0.8, 0.2], [0.5, 0.5]])
+    metrics = measure(student.log(), torch.tensor([0, 1, 1]), teacher.log())
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["agreement"] == pytest.approx(2 / 3)
+    kl = (teacher * (teacher / student).log()).sum() / 3
+    assert metrics["kl_to_teacher"] == pytest.approx(kl.item(), rel=1e-5)
+
+
+def test_summary_is_mean_and_sample_deviation():
+    summary = summarise([{"a": {"b": 1.0}, "name": "x"}, {"a": {"b": 3.0}, "name": "y"}])
+    assert summary == {"a.b": {"mean": 2.0, "std": pytest.approx(2**0.5)}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A kd run over two seeds with the teacher trained on the way."""
+    out = tmp_path_factory.mktemp("runs") / "kd"
+    arguments = "--teacher convnet4 --teacher-epochs 3 --student mlp8 --epochs 2 --seed 3 4"
+    assert main([*arguments.split(), "--accelerator", "cpu", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_results_logs_models_and_curves(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert [run["seed"] for run in results["runs"]] == [3, 4]
+    assert results["config"]["options"] == {"temperature": 4.0, "alpha": 0.9}
+    assert results["environment"]
+    assert {"accuracy", "agreement", "kl_to_teacher", "ece"} <= results["runs"][0]["test"].keys()
+    assert 0 < results["summary"]["loss_share"]["mean"] < 1
+    log = [json.loads(line) for line in (finished / "seed-4" / "log.jsonl").open()]
+    assert [record["epoch"] for record in log] == [1, 2]
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(finished.glob("**/model.safetensors"))) == 3
+
+
+def test_checkpoints_hold_the_student_only(finished):
+    state = checkpoint.load_state(finished / "seed-3" / "checkpoint.pt")
+    weights = build_model("mlp8", (8, 8, 1), 10).state_dict()
+    assert state["student"].keys() == weights.keys()
+    assert not state["method"]
+
+
+def test_the_exported_model_is_the_best_epoch(finished):
+    state = checkpoint.load_state(finished / "seed-3" / "checkpoint.pt")["state"]
+    name, model = checkpoint.load_model(finished / "seed-3" / "model.safetensors", (8, 8, 1), 10)
+    assert name == "mlp8"
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state["best"]["weights"][key])
+
+
+def test_seeds_differ_and_repeat(finished, tmp_path):
+    teacher = str(finished / "teacher" / "model.safetensors")
+    again = run(Config(**QUICK, seed=(3,), teacher_checkpoint=teacher, out=str(tmp_path / "again")))
+    one, other = (
+        checkpoint.load_model(folder / "model.safetensors", (8, 8, 1), 10)[1].state_dict()
+        for folder in (finished / "seed-3", finished / "seed-4")
+    )
+    repeated = checkpoint.load_model(
+        tmp_path / "again" / "seed-3" / "model.safetensors", (8, 8, 1), 10
+    )[1].state_dict()
+    assert all(torch.equal(one[key], repeated[key]) for key in one)
+    assert not any(torch.equal(one[key], other[key]) for key in one)
+    assert again["runs"][0]["seed"] == 3
+
+
+def test_fused_and_reference_losses_train_alike(finished, tmp_path):
+    teacher = str(finished / "teacher" / "model.safetensors")
+    losses = []
+    for backend in ("auto", "reference"):
+        out = tmp_path / backend
+        run(Config(**QUICK, teacher_checkpoint=teacher, backend=backend, out=str(out)))
+        log = (out / "seed-0" / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["train"]["kd"] for line in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_training_learns(tmp_path):
+    out = str(tmp_path / "ce")
+    results = run(Config(method="ce", student="mlp64", epochs=15, augment="none", out=out))
+    assert results["summary"]["test.accuracy"]["mean"] > 0.9
+
+
+def test_a_diverging_run_stops_and_names_the_term(tmp_path):
+    config = Config(
+        **QUICK | {"student": "convnet4"}, method="ce", lr=1e30, out=str(tmp_path / "x")
+    )
+    with pytest.raises(DivergedError, match=r"ce, loss not finite within steps 1 to \d+"):
+        run(config)
+
+
+def test_config_file_is_overruled_by_the_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "method: ce\nstudent: mlp8\nepochs: 7\nmax-steps: 3\nseed: [5]\naccelerator: cpu\n"
+    )
+    out = tmp_path / "out"
+    assert main(["--epochs", "1", "--config", str(path), "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["config"]["epochs"] == 1
+    assert [(run["seed"], run["steps"]) for run in results["runs"]] == [(5, 3)]
+
+
+def test_unknown_config_keys_are_refused(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("method: ce\nlearning_rate: 0.1\n")
+    with pytest.raises(SystemExit):
+        main(["--config", str(path), "--out", str(tmp_path / "out")])
+    assert "learning_rate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--method ce --alpha .5", "--alpha: not an option of --method ce"),
+        ("--method kd", "--method kd: expected --teacher or --teacher-checkpoint"),
+        ("--method none", "--method: expected one of ce, kd, got 'none'"),
+        ("--method ce --epochs 0", "--epochs: expected a number above 0, got 0"),
+        ("--method ce --seed 1 1", "--seed: expected different numbers"),
+        ("--method ce --student resnet9", "'resnet9': expected one of"),
+        ("--method ce --data nowhere", "--data nowhere: expected 'digits' or a folder"),
+        ("--method kd --teacher-checkpoint nowhere", "nowhere: no such model file"),
+    ],
+)
+def test_bad_options_are_named_and_write_nothing(arguments, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*arguments.split(), "--accelerator", "cpu", "--out", str(out)]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_every_option_has_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    options = [*Config.__dataclass_fields__, "temperature", "alpha"]
+    assert all("--" + name.replace("_", "-") in text for name in options)
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    before = (finished / "results.json").stat().st_mtime_ns
+    assert main(["--method", "ce", "--out", str(finished)]) == 1
+    assert "not empty" in capsys.readouterr().err
+    assert main(["--method", "ce", "--out", str(finished), "--resume"]) == 1
+    assert "method was kd, is ce" in capsys.readouterr().err
+    assert (finished / "results.json").stat().st_mtime_ns == before
+
+
+def test_a_teacher_that_does_not_fit_is_named(finished, tmp_path):
+    path = finished / "teacher" / "model.safetensors"
+    with pytest.raises(InputError, match=r"trained on .*\(8, 8, 1\) of 10 classes.*of 100"):
+        checkpoint.load_model(path, (8, 8, 1), 100)
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="damaged.safetensors: not a readable safetensors file"):
+        checkpoint.load_model(damaged, (8, 8, 1), 10)
+
+
+def test_registry_names_are_the_methods(step):
+    assert sorted(METHODS) == ["ce", "kd"]

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A killed run goes on to the very weights of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from kdkernels.train import InputError, checkpoint
+from kdkernels.train.cli import main
+
+ARGUMENTS = (
+    "--method ce --student convnet2 --epochs 6 --batch-size 32 --checkpoint-every 1 "
+    "--accelerator cpu --seed 7"
+).split()
+LIMIT_SECONDS = 60
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are slower on several, and the processes must agree on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train_until_killed(out, *, after_step):
+    """Train in a process of its own and kill it, mid-epoch, once ``after_step`` is on disk."""
+    command = "import sys; from kdkernels.train.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *ARGUMENTS, "--out", str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    path = out / "seed-7" / "checkpoint.pt"
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and checkpoint.load_state(path)["state"]["step"] >= after_step:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    state = checkpoint.load_state(path)["state"]
+    assert after_step <= state["step"] and not (out / "seed-7" / "results.json").exists()
+    return state
+
+
+def test_a_killed_run_resumes_bit_equal(tmp_path):
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert main([*ARGUMENTS, "--out", str(alone)]) == 0
+    state = train_until_killed(killed, after_step=30)
+    assert main([*ARGUMENTS, "--out", str(killed), "--resume"]) == 0
+
+    ends = [checkpoint.load_state(out / "seed-7" / "checkpoint.pt") for out in (alone, killed)]
+    assert ends[0]["state"]["step"] == ends[1]["state"]["step"] > state["step"]
+    for part in ("student", "optimizer", "rng"):
+        torch.testing.assert_close(ends[0][part], ends[1][part], rtol=0, atol=0)
+    logs = [(out / "seed-7" / "log.jsonl").read_text().splitlines() for out in (alone, killed)]
+    for before, after in zip(*logs, strict=True):
+        for part in ("epoch", "step", "lr", "train", "val"):
+            assert json.loads(before)[part] == json.loads(after)[part]
+    models = [
+        checkpoint.load_model(out / "seed-7" / "model.safetensors", (8, 8, 1), 10)[1].state_dict()
+        for out in (alone, killed)
+    ]
+    torch.testing.assert_close(*models, rtol=0, atol=0)
+
+
+def test_resuming_needs_a_run(tmp_path, capsys):
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "none"), "--resume"]) == 1
+    assert "no run to go on with" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*ARGUMENTS, "--max-steps", "3", "--out", str(out)]) == 0
+    (out / "seed-7" / "results.json").unlink()
+    path = out / "seed-7" / "checkpoint.pt"
+    damaged = path.read_bytes()[:1000]
+    path.write_bytes(damaged)
+    assert main([*ARGUMENTS, "--max-steps", "3", "--out", str(out), "--resume"]) == 1
+    assert f"{path}: damaged checkpoint" in capsys.readouterr().err
+    assert path.read_bytes() == damaged
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save_state(path, {"step": 1})
+
+    def disk_full(file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write(path, disk_full)
+    assert checkpoint.load_state(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_foreign_file_is_not_loaded(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"step": pytest.raises}, path)
+    with pytest.raises(InputError, match="damaged checkpoint"):
+        checkpoint.load_state(path)
