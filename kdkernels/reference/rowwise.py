@@ -66,7 +66,7 @@ def _js(e, d, log_p, alpha, beta):
 
 
 def _tv(e, d, log_p, alpha, beta):
-    return -e / 2
+    return e.abs() / 2  # whose derivative at 0 is 0
 
 
 def _skew_forward(e, d, log_p, alpha, beta):
