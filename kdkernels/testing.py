@@ -23,7 +23,7 @@ from torch import Tensor
 from kdkernels import backends, functional
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Loss:
     """A public loss with fixed hyperparameters, and what is needed to exercise it."""
 

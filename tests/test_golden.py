@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers that the reference suites' own code computed in float64, through the public functions.
 
-``KDKERNELS_GOLDEN`` names the folder (default ``../shared/golden``, from the repository's root); any
+``KDKERNELS_GOLDEN`` names the folder (default ``../shared/golden`` from the repository's root); any
 other of the same form must pass too, so everything but the meaning of a case's loss comes from its
 manifest. A case whose loss has no adapter yet is an expected failure, named by its owner.
 """
