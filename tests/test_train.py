@@ -191,6 +191,17 @@ def test_fused_and_reference_losses_train_alike(finished, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_other_precisions_train(finished, tmp_path, precision):
+    teacher = str(finished / "teacher" / "model.safetensors")
+    config = Config(
+        **QUICK, teacher_checkpoint=teacher, precision=precision, out=str(tmp_path / "x")
+    )
+    test = run(config)["runs"][0]["test"]
+    full = json.loads((finished / "results.json").read_text())["runs"][0]["test"]
+    assert test["kl_to_teacher"] == pytest.approx(full["kl_to_teacher"], rel=0.2)
+
+
 def test_training_learns(tmp_path):
     out = str(tmp_path / "ce")
     results = run(Config(method="ce", student="mlp64", epochs=15, augment="none", out=out))

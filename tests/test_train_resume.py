@@ -15,11 +15,13 @@ import torch
 
 from kdkernels.train import InputError, checkpoint
 from kdkernels.train.cli import main
+from kdkernels.train.loop import State, restore, save
 
-ARGUMENTS = (
-    "--method ce --student convnet2 --epochs 6 --batch-size 32 --checkpoint-every 1 "
+OPTIONS = (
+    "--method ce --student convnet2 --epochs 8 --batch-size 32 --checkpoint-every 1 "
     "--accelerator cpu --seed 7"
-).split()
+)
+ARGUMENTS = OPTIONS.split()
 LIMIT_SECONDS = 60
 
 
@@ -55,7 +57,7 @@ def train_until_killed(out, *, after_step):
 def test_a_killed_run_resumes_bit_equal(tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     assert main([*ARGUMENTS, "--out", str(alone)]) == 0
-    state = train_until_killed(killed, after_step=30)
+    state = train_until_killed(killed, after_step=20)
     assert main([*ARGUMENTS, "--out", str(killed), "--resume"]) == 0
 
     ends = [checkpoint.load_state(out / "seed-7" / "checkpoint.pt") for out in (alone, killed)]
@@ -71,6 +73,15 @@ def test_a_killed_run_resumes_bit_equal(tmp_path):
         for out in (alone, killed)
     ]
     torch.testing.assert_close(*models, rtol=0, atol=0)
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    path, cpu = tmp_path / "checkpoint.pt", torch.device("cpu")
+    save(path, State(step=3), {}, cpu)
+    expected = torch.rand(3)
+    torch.rand(5)
+    assert restore(path, {}, cpu).step == 3
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_resuming_needs_a_run(tmp_path, capsys):

@@ -77,7 +77,7 @@ def load_model(path: Path, shape: tuple[int, ...], classes: int) -> tuple[str, n
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
     if not {"model", "shape", "classes"} <= metadata.keys():

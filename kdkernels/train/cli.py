@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import docstring_parser
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from kdkernels.train import experiment, report
 from kdkernels.train.config import Config, option
@@ -21,7 +21,9 @@ from kdkernels.train.methods import METHODS
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kdkernels train`` and return its exit status."""
     # jsonargparse lets the later of two values win: the config file goes first.
-    find_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    find_config = argparse.ArgumentParser(
+        prog="kdkernels train", add_help=False, allow_abbrev=False
+    )
     find_config.add_argument("--config")
     found, rest = find_config.parse_known_args(argv)
     arguments = make_parser().parse_args(
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, options = split(vars(arguments))
         results = experiment.run(config, options)
-    except TrainError as error:
+    except (TrainError, OSError) as error:
         print(f"kdkernels train: {error}", file=sys.stderr)
         return 1
     name = f"{config.method} {config.student}"
@@ -46,7 +48,9 @@ def make_parser() -> ArgumentParser:
         description=inspect.getdoc(Config).splitlines()[0],
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with these options as keys.")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="YAML file with these options as keys."
+    )
     for parameter in parameters(Config):
         settings = {"type": parameter.type, "default": parameter.default, "help": parameter.help}
         if parameter.type is bool:

@@ -113,8 +113,8 @@ def fit(
             clock.mark()
 
             # Kept on the device: reading a loss at every step would make a GPU wait for it.
-            sums.update({name: term.detach().double() for name, term in terms.items()})
-            sums.update(steps=1, loss=loss.detach().double())
+            sums.update({name: term.detach() for name, term in terms.items()})
+            sums.update(steps=1, loss=loss.detach())
             state.step += 1
             advance()
 

@@ -49,22 +49,23 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
 
     The mean over samples of |accuracy - confidence| of the bin a sample falls in.
     """
-    confidence, predicted = logits.double().softmax(-1).max(-1)
+    logits, labels = logits.cpu().double(), labels.cpu()
+    confidence, predicted = logits.softmax(-1).max(-1)
     correct = (predicted == labels).double()
     # Bins are open below and closed above: a confidence of 1 belongs to the last.
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.double, device=logits.device)
+    gaps = torch.zeros(bins, dtype=torch.double)
     gaps.index_add_(0, index, correct - confidence)
     return (gaps.abs().sum() / len(labels)).item()
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation over runs (0 for one) of every number they report.
+    """Mean and sample standard deviation over runs (0 for one) of every number but the seed.
 
     Nested names are joined by dots, as in ``"test.accuracy"``.
     """
     flat = [dict(_numbers(run)) for run in runs]
-    values = {name: [run[name] for run in flat] for name in flat[0]}
+    values = {name: [run[name] for run in flat] for name in flat[0] if name != "seed"}
     return {
         name: {
             "mean": statistics.fmean(numbers),

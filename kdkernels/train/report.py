@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -70,10 +70,8 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def plot_curves(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:
     """Validation accuracy and training loss by epoch: a colour for each name, a line per run."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for index, (name, folders) in enumerate(runs.items()):
         for folder in folders:
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -85,4 +83,3 @@ def plot_curves(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:
     right.set(xlabel="epoch", ylabel="training loss", yscale="log")
     left.legend()
     checkpoint.write(path, partial(figure.savefig, format="png", dpi=120))
-    pyplot.close(figure)

@@ -75,6 +75,9 @@ def crop_and_flip(images: Tensor, rng: np.random.Generator, *, flip: bool) -> Te
 
 
 def normaliser(data: Dataset, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """From uint8 images (B, H, W, C) to normalised float32 network input (B, C, H, W)."""
+    """From uint8 images (B, H, W, C) to normalised float32 network input (B, C, H, W).
+
+    Memory stays channels-last, in which convolutions are fastest on CPUs and GPUs alike.
+    """
     mean, std = (torch.from_numpy(array).to(device) for array in (data.mean, data.std))
     return lambda images: ((images.float() - mean) / std).permute(0, 3, 1, 2)

@@ -56,8 +56,8 @@ def find(folder: Path) -> tuple[Layout, Path] | None:
     found = [
         (layout, root)
         for layout in LAYOUTS
-        for root in (folder / layout.folder, folder)
-        if (root / layout.meta).is_file()
+        for root in (folder / layout.folder, folder.resolve())
+        if root.name == layout.folder and root.is_dir()
     ]
     if len(found) > 1:
         roots = " and ".join(str(root) for _, root in found)

@@ -53,4 +53,5 @@ class Method(nn.Module):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of the method's own parameters."""
-        return [{"params": list(self.parameters())}] if any(True for _ in self.parameters()) else []
+        parameters = list(self.parameters())
+        return [{"params": parameters}] if parameters else []
