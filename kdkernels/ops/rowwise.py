@@ -50,11 +50,11 @@ _RETURNS = "-> (Tensor loss, Tensor grad_student, Tensor grad_teacher, Tensor ro
 
 for _name in ("rowwise", "rowwise_triton"):
     torch.library.define(f"{NAMESPACE}::{_name}", f"{_SCHEMA} {_RETURNS}")
-torch.library.define(
-    f"{NAMESPACE}::rowwise_inplace",
-    _SCHEMA.replace("Tensor student", "Tensor(a!) student", 1)
-    + " -> (Tensor loss, Tensor grad_teacher, Tensor rows)",
-)
+    torch.library.define(
+        f"{NAMESPACE}::{_name}_inplace",
+        _SCHEMA.replace("Tensor student", "Tensor(a!) student", 1)
+        + " -> (Tensor loss, Tensor grad_teacher, Tensor rows)",
+    )
 
 
 class Spec(NamedTuple):
@@ -94,21 +94,24 @@ torch.library.register_fake(f"{NAMESPACE}::rowwise", _fake)
 torch.library.register_fake(f"{NAMESPACE}::rowwise_triton", _fake)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::rowwise_inplace")
-def _(*args):
+def _fake_inplace(*args):
     loss, _, grad_teacher, rows = _fake(*args)
     return loss, grad_teacher, rows
 
 
-_compiled = torch.ops.kdkernels.rowwise.default
-_compiled_inplace = torch.ops.kdkernels.rowwise_inplace.default
+torch.library.register_fake(f"{NAMESPACE}::rowwise_inplace", _fake_inplace)
+torch.library.register_fake(f"{NAMESPACE}::rowwise_triton_inplace", _fake_inplace)
+
+_ops = torch.ops.kdkernels
+_compiled = (_ops.rowwise.default, _ops.rowwise_inplace.default)
+_triton = (_ops.rowwise_triton.default, _ops.rowwise_triton_inplace.default)
 
 
-def _operator(backend: str):
+def _operator(backend: str, inplace: bool):
     if backend != "triton":
-        return _compiled
+        return _compiled[inplace]
     importlib.import_module("kdkernels.triton.rowwise")  # registers the kernel on first use
-    return torch.ops.kdkernels.rowwise_triton.default
+    return _triton[inplace]
 
 
 class _Rowwise(torch.autograd.Function):
@@ -163,11 +166,11 @@ class _RowwiseInplace(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask,
-        name, spec,
+        name, operator, spec,
     ):  # fmt: skip
         half = student.dtype == torch.float16
         buffer = student.detach()
-        loss, _, rows = _compiled_inplace(
+        loss, _, rows = operator(
             buffer, teacher, labels, mask, row_weight, temperatures, teacher_temperatures,
             *spec, GRAD_STUDENT | (GRAD_ROWS if half else 0),
         )  # fmt: skip
@@ -191,7 +194,7 @@ class _RowwiseInplace(torch.autograd.Function):
                 f"gradient in them (version {grad._version}, expected {ctx.version})."
             )
         torch.ops.kdkernels.scale_rows_.default(grad, upstream, ctx.row_factor)
-        return grad, *(None,) * 8
+        return grad, *(None,) * 9
 
 
 def apply(
@@ -202,19 +205,14 @@ def apply(
     refuse_transforms(name)
     tensors = (student, teacher, row_weight, temperatures, teacher_temperatures)
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if inplace:
-        if backend != "cpu":
-            raise NotImplementedError(f"{name}: inplace=True has no {backend} kernel.")
-        if recording:
-            if not student.requires_grad or any(
-                t is not None and t.requires_grad for t in tensors[1:]
-            ):
-                raise NotImplementedError(
-                    f"{name}: inplace=True gives a gradient to the student alone; another "
-                    "argument requires one."
-                )
-            return _RowwiseInplace.apply(*tensors, labels, mask, name, spec)
-    operator = _operator(backend)
+    operator = _operator(backend, inplace and recording)
+    if inplace and recording:
+        if not student.requires_grad or any(t is not None and t.requires_grad for t in tensors[1:]):
+            raise NotImplementedError(
+                f"{name}: inplace=True gives a gradient to the student alone; another "
+                "argument requires one."
+            )
+        return _RowwiseInplace.apply(*tensors, labels, mask, name, operator, spec)
     if recording:
         return _Rowwise.apply(*tensors, labels, mask, name, operator, spec)
     loss, *_ = operator(

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``rowwise_triton``: launches the kernel of the rowwise family and registers it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels import ops
+from kdkernels.ops.rowwise import (
+    GRAD_ROWS,
+    GRAD_STUDENT,
+    GRAD_TEACHER,
+    KINDS,
+    REDUCTIONS,
+    Spec,
+    compute_dtype,
+)
+from kdkernels.reference.rowwise import _at_zero, _swap
+from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
+from kdkernels.triton.layout import common_unit, row_layout, tile
+from kdkernels.triton.rowwise_kernel import rowwise_kernel
+
+
+def _form(kind: str, alpha: float, beta: float) -> dict:
+    """The divergence and its mirror image, and on which lonely mass it is infinite."""
+    # Renyi's is a function of the alpha divergence, which `ab` is; a kind that is not a sum of
+    # p f(d) knows for itself where it is infinite.
+    form = {"renyi": "ab", "cross_entropy": "forward_kl"}.get(kind, kind)
+    swapped = _swap(form, alpha, beta)
+    own = form == kind
+    return {
+        "KIND": kind,
+        "FORM": form,
+        "ALPHA": alpha,
+        "BETA": beta,
+        "SWAPPED": swapped[0],
+        "SWAPPED_ALPHA": swapped[1],
+        "SWAPPED_BETA": swapped[2],
+        "STUDENT_ALONE": own and math.isinf(_at_zero(kind, alpha, beta)),
+        "TEACHER_ALONE": own and math.isinf(_at_zero(*swapped)),
+    }
+
+
+def arguments(
+    student: Tensor,  # (..., C), rows as layout.row_layout takes them
+    teacher: Tensor,  # (..., C), likewise
+    labels: Tensor | None,  # (N,) int64 or (..., C) probabilities
+    valid: Tensor | None,  # (N,) bool
+    row_weight: Tensor | None,  # (N,)
+    temperatures: Tensor | None,  # (1,) or (N,)
+    teacher_temperatures: Tensor | None,
+    spec: Spec,
+    grads: int,
+    inplace: bool = False,
+) -> dict:
+    """Everything a launch takes but the grid, outputs included."""
+    classes = student.shape[-1]
+    rows = student.numel() // classes
+    dtype = compute_dtype(student, teacher)
+    shape = tile(classes, dtype)
+    kind, ce = KINDS[spec.kind], spec.ce_weight != 0
+    probabilities = ce and labels.dtype != torch.int64
+    s_layout, t_layout = row_layout(student), row_layout(teacher)
+    l_layout = row_layout(labels) if probabilities else s_layout
+    unit = common_unit(s_layout, t_layout, l_layout)
+    numbers = temperatures is None and teacher_temperatures is None
+    same = (
+        spec.temperature == spec.teacher_temperature
+        if numbers
+        else None not in (temperatures, teacher_temperatures)
+        and temperatures.data_ptr() == teacher_temperatures.data_ptr()
+    )
+    reduction = REDUCTIONS[spec.reduction]
+    divisor = classes if reduction == "mean" else 1
+    count = None
+    if reduction in ("batchmean", "mean"):
+        if valid is None:
+            divisor *= max(rows, 1)
+        else:
+            count = valid.sum()
+    grad_student = None
+    if grads & GRAD_STUDENT:
+        grad_student = student if inplace else student.new_empty(student.shape)
+    return {
+        "student": student,
+        "teacher": teacher,
+        "labels": labels if ce else None,
+        "valid": valid,
+        "row_weight": row_weight,
+        "temperatures": temperatures,
+        "teacher_temperatures": teacher_temperatures,
+        "count": count,
+        "loss": student.new_empty(rows, dtype=dtype),
+        "grad_student": grad_student,
+        "grad_teacher": teacher.new_empty(teacher.shape) if grads & GRAD_TEACHER else None,
+        "row_grads": student.new_empty((4, rows), dtype=dtype) if grads & GRAD_ROWS else None,
+        "rows": rows,
+        **{
+            f"{side}_{name}": value
+            for side, layout in (("s", s_layout), ("t", t_layout), ("l", l_layout))
+            for name, value in (
+                ("inner", layout.inner),
+                ("outer_stride", layout.outer_stride // unit),
+                ("inner_stride", layout.inner_stride // unit),
+            )
+        },
+        "temperature": spec.temperature,
+        "teacher_temperature": spec.teacher_temperature,
+        "kd_weight": spec.kd_weight,
+        "ce_weight": spec.ce_weight,
+        "smoothing": spec.label_smoothing,
+        "normaliser": 1.0 / divisor,
+        **_form(kind, spec.alpha, spec.beta),
+        "KD": spec.kd_weight != 0,
+        "CE": ce,
+        "PROBABILITIES": probabilities,
+        "SAME": same,
+        "T2": spec.t2,
+        "SCALAR_S": temperatures is not None and temperatures.numel() == 1,
+        "SCALAR_T": teacher_temperatures is not None and teacher_temperatures.numel() == 1,
+        "HALF_S": student.dtype == torch.float16,
+        "HALF_T": teacher.dtype == torch.float16,
+        "INPLACE": inplace,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "CLASSES": classes,
+        "UNIT": unit,
+        "ROWS": shape.rows,
+        "TILE": shape.classes,
+        "num_warps": shape.warps,
+    }
+
+
+def _addressable(x: Tensor) -> Tensor:
+    return x if row_layout(x) is not None else x.contiguous()
+
+
+def _launch(student, teacher, labels, mask, row_weight, temperatures, teacher_temperatures, *rest,
+            inplace=False):  # fmt: skip
+    """Run the kernel; return its outputs, those not asked for of size 0."""
+    *numbers, grads = rest
+    spec = Spec(*numbers)
+    valid = mask
+    if labels is not None and labels.dtype == torch.int64:
+        counts = labels != spec.ignore_index
+        valid = counts if mask is None else mask & counts
+    elif labels is not None:
+        labels = _addressable(labels)
+    with torch.cuda.device_of(student):
+        launch = arguments(
+            _addressable(student), _addressable(teacher), labels, valid, row_weight,
+            temperatures, teacher_temperatures, spec, grads, inplace,
+        )  # fmt: skip
+        if launch["rows"]:
+            rowwise_kernel[(triton.cdiv(launch["rows"], launch["ROWS"]),)](**launch)
+    loss = launch["loss"]
+    loss = loss.view(student.shape[:-1]) if REDUCTIONS[spec.reduction] == "none" else loss.sum()
+    outputs = (launch[name] for name in ("grad_student", "grad_teacher", "row_grads"))
+    empties = (student.new_empty(0), teacher.new_empty(0), launch["loss"].new_empty(0))
+    return loss, *(x if x is not None else e for x, e in zip(outputs, empties, strict=True))
+
+
+def _rowwise(*args):
+    return _launch(*args)
+
+
+def _rowwise_inplace(student, *args):
+    loss, grad_student, grad_teacher, rows = _launch(student, *args, inplace=True)
+    if grad_student.data_ptr() != student.data_ptr():
+        student.copy_(grad_student)
+    return loss, grad_teacher, rows
+
+
+for _key in ("CUDA", "CPU") if ops.triton_interpreted() else ("CUDA",):
+    torch.library.impl("kdkernels::rowwise_triton", _key, _rowwise)
+    torch.library.impl("kdkernels::rowwise_triton_inplace", _key, _rowwise_inplace)
