@@ -54,7 +54,7 @@ def scaled(saved: torch.Tensor, upstream: torch.Tensor, row_factor: torch.Tensor
         factor = upstream if row_factor is None else upstream * row_factor.view(saved.shape[:-1])
         return (saved * factor.unsqueeze(-1)).to(saved.dtype)
     grad = saved.clone() if _keeps_graph() else saved
-    _scale_rows_(grad, upstream, row_factor)
+    _scale_rows_(grad, upstream.contiguous(), row_factor)
     return grad
 
 

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels, at the ISA level chosen for this machine. Each takes a range of rows, so that
+// whoever calls it can split the work; the results do not depend on the split.
+#pragma once
+#include "../rowwise.h"
+
+namespace kd {
+
+struct Kernels {
+  const char* isa;  // "baseline", "avx2" or "avx512"
+  void (*rowwise)(const RowwiseParams&, int64_t begin, int64_t end);
+  void (*scale_row)(const Rows& grad, int64_t row, int64_t classes, double factor);
+};
+
+// The best level that the machine has, or that KDKERNELS_CPU_CAPABILITY names (if it has it).
+const Kernels& kernels();
+
+// Below this many elements, a task is not worth handing to another thread.
+constexpr int64_t grain = 16384;
+
+inline int64_t rows_per_task(int64_t classes) {
+  return classes >= grain ? 1 : grain / (classes > 0 ? classes : 1);
+}
+
+}  // namespace kd

@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+// Row-wise softmax divergences, cross-entropy, and their gradients, fused: every logit is read from
+// memory once and every gradient written once (fp32, loss and student gradient: 12 bytes an
+// element); the later sweeps over a row find it in the cache.
+//
+//   measure  the maxima; S = sum exp(u_s) and A = sum exp(u_s) expm1(u_t - u_s), block by block,
+//            re-centred where a maximum moves: delta = log1p(A / S) is then the difference of the
+//            log-normalisers without cancellation
+//   reduce   the loss, and the sums that centre the gradients; not needed for the student's
+//            gradient of forward KL, whose sum is 0
+//   emit     the gradients
+//
+// all in fp32. A row that this cannot hold (fp64 input, -inf on one side, a log-ratio beyond
+// `exact_range`) takes the same steps in double, where log-normalisers are subtracted plainly.
+#include <stdint.h>
+#if KD_BYTES == 64
+#include <immintrin.h>
+#endif
+
+#include "../../rowwise.h"
+
+namespace kd {
+namespace KD_ISA {
+#include "../simd.h"
+#include "../staging.h"
+#include "../../divergence.h"
+#include "row.h"
+#include "cross_entropy.h"
+
+// Whether the fp32 measures hold; NaN and rows without a finite class do not.
+inline bool is_exact(const Row<float>& r, bool zero_teacher) {
+  return r.highest < exact_range && (r.lowest > -exact_range || zero_teacher) &&
+         r.sum_s < beyond && r.excess < beyond && r.max_s > floor_of<float> &&
+         r.max_t > floor_of<float>;
+}
+
+inline void normalise(Row<float>& r) {
+  const double delta = __builtin_log1p(r.excess / r.sum_s);
+  r.delta = (float)delta;
+  r.inv_sum_s = (float)(1 / r.sum_s);
+  r.log_sum_s = (float)__builtin_log(r.sum_s);
+}
+inline void normalise(Row<double>& r) {
+  r.inv_sum_s = 1 / r.sum_s, r.inv_sum_t = 1 / r.sum_t;
+  r.log_sum_s = __builtin_log(r.sum_s), r.log_sum_t = __builtin_log(r.sum_t);
+  r.delta = r.log_sum_t - r.log_sum_s;
+}
+
+template <class V>
+struct Class {
+  V value, student, teacher;  // p f, and p df/dp of either side, uncentred
+  V p_s, p_t;
+};
+
+// In fp32 the base is the student throughout.
+template <class K>
+struct Exact {
+  template <class V>
+  static KD_FN Class<V> terms(const Row<float>& r, V s, V t) {
+    const V u = (s - r.max_s) * r.inv_ts, p = exp(u) * r.inv_sum_s;
+    const V d = at_least(log_ratio(r, s, t) - r.delta, all<V>(-100));
+    const Pair<V> e = expm1_pair(d);
+    const Terms<V> f =
+        K::terms(Ratio<V>{d, e.value, e.excess, d, e.excess, u - r.log_sum_s}, r.shape);
+    return {p * f.value, p * f.a, p * f.c, p, p + p * e.value};
+  }
+};
+
+template <class V>
+struct LogProbs {
+  V s, t, p_s, p_t, d;  // d = t - s; infinite where one side is off
+  KD_FN LogProbs(const Row<double>& r, V zs, V zt) {
+    const V us = (zs - r.max_s) * r.inv_ts, ut = (zt - r.max_t) * r.inv_tt;
+    const V off = all<V>(floor_of<double>), infinity = all<V>(__builtin_inf());
+    s = us - r.log_sum_s, t = ut - r.log_sum_t;
+    p_s = exp(us) * r.inv_sum_s, p_t = exp(ut) * r.inv_sum_t;
+    d = log_ratio(r, zs, zt) - r.delta;
+    d = select(zs <= off, select(zt <= off, V{}, infinity), select(zt <= off, -infinity, d));
+  }
+};
+
+// In double anything goes: the base is the side with the larger probability.
+template <class K>
+struct Robust {
+  template <class V>
+  static KD_FN Class<V> terms(const Row<double>& r, V s, V t) {
+    const LogProbs<V> log(r, s, t);
+    const V zero{}, lowest = all<V>(Lanes<V>::lowest_exp);
+    const auto student = log.d <= zero;
+    const V d = select(student, log.d, -log.d), p = select(student, log.p_s, log.p_t);
+    const Pair<V> e = expm1_pair(d);
+    const V finite = at_least(d, lowest);
+    const Ratio<V> ratio{d, e.value, e.excess,
+                         finite, select(d < lowest, e.value - finite, e.excess),
+                         select(student, log.s, log.t)};
+    const Terms<V> f = K::terms(ratio, r.shape), g = K::Swapped::terms(ratio, K::swap(r.shape));
+    const auto live = p > zero;  // else it contributes nothing, whatever its ratio
+    return {select(live, p * select(student, f.value, g.value), zero),
+            select(live, p * select(student, f.a, g.c), zero),
+            select(live, p * select(student, f.c, g.a), zero), log.p_s, log.p_t};
+  }
+};
+
+// Renyi where ab's sum may overflow: in logarithms, with the escort distribution w for gradients.
+struct RenyiFar {
+  template <class V>
+  static KD_FN V log_term(const Row<double>& r, const LogProbs<V>& log) {
+    const V mixed = log.t * r.shape.alpha + log.s * (1 - r.shape.alpha);
+    return select(log.d * log.d < all<V>(beyond), mixed, all<V>(floor_of<double>));
+  }
+  template <class V>
+  static KD_FN Class<V> terms(const Row<double>& r, V s, V t) {
+    const LogProbs<V> log(r, s, t);
+    const V w = exp(log_term(r, log) - r.log_mixed);
+    const double slope = r.shape.alpha / (r.shape.alpha - 1);
+    return {V{}, log.p_s - w, slope * (w - log.p_t), log.p_s, log.p_t};
+  }
+};
+
+// No divergence: its weight is 0, or the row is infinite.
+struct Nothing {
+  template <class S, class V>
+  static KD_FN Class<V> terms(const Row<S>&, V, V) { return {V{}, V{}, V{}, V{}, V{}}; }
+};
+
+// What an infinite cross-entropy or forward KL keeps: the student's gradient, p_s - p_t.
+struct Difference {
+  template <class V>
+  static KD_FN Class<V> terms(const Row<double>& r, V s, V t) {
+    const LogProbs<V> log(r, s, t);
+    return {V{}, log.p_s - log.p_t, V{}, log.p_s, log.p_t};
+  }
+};
+
+template <class C, class S>
+void reduce(Row<S>& r) {
+  using V = typename VectorOf<S>::V;
+  alignas(64) S buffer_s[block], buffer_t[block];
+  for_blocks(r.p.classes, [&](int64_t first, int n) {
+    const S* s = r.student.get(first, n, buffer_s);
+    const S* t = r.teacher.get(first, n, buffer_t);
+    V value{}, student{}, teacher{};
+    sweep<V>(n, [&](int i, auto w) {
+      const Class<V> c = C::terms(r, read_logits<V>(s + i, w), read_logits<V>(t + i, w));
+      value += c.value, student += c.student, teacher += c.teacher;
+    });
+    r.value += sum(value), r.centre_s += sum(student), r.centre_t += sum(teacher);
+  });
+}
+
+inline void reduce_renyi_far(Row<double>& r) {
+  alignas(64) double buffer_s[block], buffer_t[block];
+  double most = floor_of<double>, mass = 0, lost = 0;  // lost: teacher mass where the student is off
+  for (int pass = 0; pass < 2; pass++)
+    for_blocks(r.p.classes, [&](int64_t first, int n) {
+      const double* s = r.student.get(first, n, buffer_s);
+      const double* t = r.teacher.get(first, n, buffer_t);
+      vd high = all<vd>(most), total{}, off{};
+      sweep<vd>(n, [&](int i, auto w) {
+        const vd zs = read_logits<vd>(s + i, w);
+        const LogProbs<vd> log(r, zs, read_logits<vd>(t + i, w));
+        const vd term = RenyiFar::log_term(r, log);
+        if (pass == 0) high = at_least(term, high);
+        else total += exp(term - most);
+        off += select(zs <= all<vd>(floor_of<double>), log.p_t, vd{});
+      });
+      most = largest(high), mass += sum(total), lost += sum(off);
+    });
+  const double alpha = r.shape.alpha;
+  r.log_mixed = most + __builtin_log(mass);
+  const bool infinite = most <= floor_of<double> || (alpha > 1 && lost > 0);
+  r.value = infinite ? __builtin_inf() : r.log_mixed / (alpha - 1);
+}
+
+// What the gradients are multiplied by, per du of either side.
+struct Scaling {
+  double student, teacher;
+};
+
+template <class C, bool with_value, class S>
+void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
+  using V = typename VectorOf<S>::V;
+  const RowwiseParams& p = r.p;
+  const RowWriter<S> to_s(p.grad_student, r.index, p.grad_student.data == p.student.data);
+  const RowWriter<S> to_t(p.grad_teacher, r.index, false);
+  const bool teacher_too = to_t.wanted() || p.row_grads;
+  const S centre_s = S(r.centre_s), centre_t = S(r.centre_t);
+  const S factor_s = S(scaling.student), factor_t = S(scaling.teacher);
+  alignas(64) S buffer_s[block], buffer_t[block], out_s[block], out_t[block];
+  for_blocks(p.classes, [&](int64_t first, int n) {
+    const S* s = r.student.get(first, n, buffer_s);
+    const S* t = r.teacher.get(first, n, buffer_t);
+    S* grad_s = to_s.wanted() ? to_s.at(first, out_s) : out_s;
+    S* grad_t = to_t.wanted() ? to_t.at(first, out_t) : out_t;
+    V value{}, slope_s{}, slope_t{};
+    sweep<V>(n, [&](int i, auto w) {
+      const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
+      const Class<V> c = C::terms(r, zs, zt);
+      const V du = c.student - c.p_s * centre_s;
+      if (with_value) value += c.value;
+      write<V>(grad_s + i, w, du * factor_s);
+      if (teacher_too) {
+        const V dv = c.teacher - c.p_t * centre_t;
+        write<V>(grad_t + i, w, dv * factor_t);
+        slope_s += du * (zs - r.max_s), slope_t += dv * (zt - r.max_t);
+      }
+    });
+    r.value += sum(value), r.slope_s += sum(slope_s), r.slope_t += sum(slope_t);
+    if (to_s.wanted()) {
+      if (ce.wanted) ce.emit(r, first, n, s, grad_s);
+      to_s.flush(first, n, grad_s);
+    }
+    if (to_t.wanted()) to_t.flush(first, n, grad_t);
+  });
+}
+
+// The divergence of a measured row, and all its gradients. `centred`: the student's terms of C sum
+// to 0, so that its gradient needs no reduction before it.
+template <class C, bool centred, class S>
+void finish(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
+  const RowwiseParams& p = r.p;
+  const bool gradients = p.grad_student.data || p.grad_teacher.data || p.row_grads;
+  if (centred && sizeof(S) == 4 && gradients && !p.grad_teacher.data && !p.row_grads)
+    return emit<C, true>(r, ce, scaling);
+
+  double growth = 1;  // of Renyi over ab's sum
+  if constexpr (__is_same(C, RenyiFar)) {
+    reduce_renyi_far(r);
+  } else {
+    reduce<C>(r);
+    if (p.kind == Kind::renyi) {
+      const double c = p.alpha * (p.alpha - 1);
+      growth = p.alpha / (1 + c * r.value);
+      scaling.student *= growth, scaling.teacher *= growth;
+      r.value = __builtin_log1p(c * r.value) / (p.alpha - 1);
+    }
+  }
+  if (centred) r.centre_s = 0;
+  if (r.value > beyond) {
+    r.value = __builtin_inf();
+    r.centre_s = r.centre_t = 0;
+    if constexpr (sizeof(S) == 8 && centred) emit<Difference, false>(r, ce, scaling);
+    else emit<Nothing, false>(r, ce, scaling);
+    r.slope_s = r.slope_t = 0;
+  } else if (gradients) {
+    emit<C, false>(r, ce, scaling);
+    r.slope_s *= growth, r.slope_t *= growth;
+  }
+}
+
+template <template <class> class Path, class S>
+void finish_kind(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
+  if (r.p.kd_weight == 0) return finish<Nothing, true>(r, ce, scaling);
+  if constexpr (sizeof(S) == 8) {
+    const double spread = r.highest > -r.lowest ? r.highest : -r.lowest;
+    if (r.p.kind == Kind::renyi && spread * (r.p.alpha > 1 ? r.p.alpha : 1) > exact_range / 2)
+      return finish<RenyiFar, false>(r, ce, scaling);
+  }
+  switch (r.p.kind) {
+#define KD_CASE(name, K)                                                              \
+  case Kind::name:                                                                    \
+    return finish<Path<K>, Kind::name == Kind::forward_kl ||                          \
+                               Kind::name == Kind::cross_entropy>(r, ce, scaling);
+    KD_DIVERGENCES(KD_CASE)
+#undef KD_CASE
+    case Kind::count: return;
+  }
+}
+
+bool takes_zero_teacher(Kind kind) {
+  switch (kind) {
+#define KD_CASE(name, K) \
+  case Kind::name: return K::zero_teacher;
+    KD_DIVERGENCES(KD_CASE)
+#undef KD_CASE
+    case Kind::count: break;
+  }
+  return false;
+}
+
+template <template <class> class Path, class S>
+void finish_row(Row<S>& r) {
+  const RowwiseParams& p = r.p;
+  const double tau_s = get(p.temperature, r.index), tau_t = get(p.teacher_temperature, r.index);
+  const double weight = get(p.row_weight, r.index), scale = p.t2 ? tau_s * tau_s : 1;
+  const double per_loss = p.kd_weight * scale;
+  const auto saved = [&](const Rows& grad) {
+    return grad.dtype == DType::float16 ? half_boost : weight * p.factor;
+  };
+  CrossEntropyRow<S> ce(r);
+  if (ce.wanted) {
+    ce.coefficient = S(saved(p.grad_student) * p.ce_weight);
+    ce.measure(r);
+  }
+  const Scaling scaling{saved(p.grad_student) * per_loss / tau_s,
+                        saved(p.grad_teacher) * per_loss / tau_t};
+  const bool sound = r.sum_s < beyond && (sizeof(S) == 4 || r.sum_t < beyond) &&
+                     r.max_s > floor_of<S> && r.max_t > floor_of<S>;
+  if (sound) {
+    normalise(r);
+    finish_kind<Path>(r, ce, scaling);
+  } else {
+    const double nan = __builtin_nan("");
+    emit<Nothing, false>(r, ce, {nan, nan});
+    r.value = r.slope_s = r.slope_t = nan;
+  }
+  const double loss = (p.kd_weight ? per_loss * r.value : 0) + (ce.wanted ? p.ce_weight * ce.value : 0);
+  const bool infinite = loss > beyond || loss < -beyond;
+  p.row_loss[r.index] = infinite && weight == 0 ? 0 : weight * loss;
+  if (!p.row_grads) return;
+  const double factor = weight * p.factor;
+  const double value = r.value > beyond ? 0 : r.value;  // an infinite row moves no temperature
+  double* out = p.row_grads + r.index;
+  out[0] = loss * p.factor;
+  out[p.rows] = factor * p.kd_weight *
+                ((p.t2 ? 2 * tau_s * value : 0) - scale / (tau_s * tau_s) * r.slope_s);
+  out[2 * p.rows] = -factor * p.kd_weight * scale / (tau_t * tau_t) * r.slope_t;
+  out[3 * p.rows] = factor / half_boost;
+}
+
+void skip_row(const RowwiseParams& p, int64_t i) {
+  p.row_loss[i] = 0;
+  RowWriter<float>(p.grad_student, i, true).zero(p.classes);
+  RowWriter<float>(p.grad_teacher, i, true).zero(p.classes);
+  for (int k = 0; p.row_grads && k < 4; k++) p.row_grads[k * p.rows + i] = 0;
+}
+
+void rowwise(const RowwiseParams& p, int64_t begin, int64_t end) {
+  const bool in_double = p.student.dtype == DType::float64 || p.teacher.dtype == DType::float64;
+  const bool zero_teacher = takes_zero_teacher(p.kind);
+  for (int64_t i = begin; i < end; i++) {
+    if (!row_counts(p, i)) {
+      skip_row(p, i);
+      continue;
+    }
+    if (!in_double) {
+      Row<float> row(p, i);
+      measure(row);
+      if (is_exact(row, zero_teacher)) {
+        finish_row<Exact>(row);
+        continue;
+      }
+    }
+    Row<double> row(p, i);
+    measure(row);
+    finish_row<Robust>(row);
+  }
+}
+
+// The backward's part: a saved gradient times what was not known in the forward.
+void scale_row(const Rows& grad, int64_t row, int64_t classes, double factor) {
+  const RowWriter<float> out(grad, row, false);
+  const RowReader<float> in{grad, row_offset(grad, row)};
+  if (grad.dtype == DType::float64) {
+    double* p = (double*)grad.data + row_offset(grad, row);
+    for (int64_t i = 0; i < classes; i++) p[i * grad.class_stride] *= factor;
+    return;
+  }
+  alignas(64) float buffer_in[block], buffer_out[block];
+  for_blocks(classes, [&](int64_t first, int n) {
+    const float* from = in.get(first, n, buffer_in);
+    float* to = out.at(first, buffer_out);
+    for (int i = 0; i < n; i++) to[i] = from[i] * (float)factor;
+    out.flush(first, n, to);
+  });
+}
+
+}  // namespace KD_ISA
+}  // namespace kd

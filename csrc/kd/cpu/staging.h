@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of any dtype and stride, seen block by block as contiguous float or double. Included inside
+// an ISA level's namespace. What is already that is read where it lies, and written in place.
+
+constexpr int block = 1024;  // elements; a few such buffers stay in L1
+
+KD_FN float from_bits(uint32_t x) {
+  float f;
+  __builtin_memcpy(&f, &x, 4);
+  return f;
+}
+KD_FN uint32_t to_bits(float f) {
+  uint32_t x;
+  __builtin_memcpy(&x, &f, 4);
+  return x;
+}
+KD_FN float from_bfloat16(uint16_t h) { return from_bits((uint32_t)h << 16); }
+KD_FN uint16_t to_bfloat16(float f) {
+  const uint32_t x = to_bits(f);
+  return f != f ? 0x7fc0 : (uint16_t)((x + 0x7fff + ((x >> 16) & 1)) >> 16);
+}
+KD_FN float from_float16(uint16_t h) {
+  uint32_t x = (uint32_t)(h & 0x7fff) << 13;
+  const uint32_t exponent = x & (0x7c00 << 13);
+  x += (127 - 15) << 23;
+  x += exponent == (0x7c00 << 13) ? (128 - 16) << 23 : 0;
+  const float subnormal = from_bits(x + (1 << 23)) - from_bits(113 << 23);
+  const float f = exponent == 0 ? subnormal : from_bits(x);
+  return from_bits(to_bits(f) | (uint32_t)(h & 0x8000) << 16);
+}
+KD_FN uint16_t to_float16(float f) {  // to nearest even
+  uint32_t x = to_bits(f);
+  const uint32_t sign = x & 0x80000000u;
+  x ^= sign;
+  const uint32_t large = x > 0x7f800000 ? 0x7e00 : 0x7c00;
+  const uint32_t subnormal = to_bits(from_bits(x) + 0.5f) - to_bits(0.5f);
+  const uint32_t normal = (x + ((uint32_t)(15 - 127) << 23) + 0xfff + ((x >> 13) & 1)) >> 13;
+  const uint32_t h = x >= (143u << 23) ? large : x < (113u << 23) ? subnormal : normal;
+  return (uint16_t)(h | sign >> 16);
+}
+
+KD_FN int64_t row_offset(const Rows& rows, int64_t r) {
+  return (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride;
+}
+template <class S>
+constexpr DType dtype_of = sizeof(S) == 4 ? DType::float32 : DType::float64;
+
+template <class S>
+struct RowReader {
+  const Rows& rows;
+  int64_t offset;
+
+  // Elements [first, first + n) of the row, in `scratch` if they have to be converted.
+  const S* get(int64_t first, int n, S* scratch) const {
+    const int64_t at = offset + first * rows.class_stride, stride = rows.class_stride;
+    if (rows.dtype == dtype_of<S> && stride == 1) return (const S*)rows.data + at;
+    switch (rows.dtype) {
+      case DType::float32: convert((const float*)rows.data + at, stride, n, scratch); break;
+      case DType::float64: convert((const double*)rows.data + at, stride, n, scratch); break;
+      case DType::bfloat16:
+        widen<from_bfloat16>((const uint16_t*)rows.data + at, stride, n, scratch);
+        break;
+      case DType::float16:
+        widen<from_float16>((const uint16_t*)rows.data + at, stride, n, scratch);
+        break;
+    }
+    return scratch;
+  }
+  template <class T>
+  static void convert(const T* p, int64_t stride, int n, S* out) {
+    for (int i = 0; i < n; i++) out[i] = (S)p[i * stride];
+  }
+  template <float (*from)(uint16_t)>
+  static void widen(const uint16_t* p, int64_t stride, int n, S* out) {
+    if (stride == 1) {  // a loop of its own, since only this one vectorises
+      for (int i = 0; i < n; i++) out[i] = (S)from(p[i]);
+    } else {
+      for (int i = 0; i < n; i++) out[i] = (S)from(p[i * stride]);
+    }
+  }
+};
+
+template <class S>
+struct RowWriter {
+  const Rows& rows;
+  int64_t offset;
+  bool direct;  // the kernel's writes go straight to the row
+
+  RowWriter(const Rows& rows, int64_t r, bool aliases_input)
+      : rows(rows), offset(rows.data ? row_offset(rows, r) : 0),
+        direct(rows.dtype == dtype_of<S> && rows.class_stride == 1 && !aliases_input) {}
+  bool wanted() const { return rows.data != nullptr; }
+  S* at(int64_t first, S* scratch) const {
+    return direct ? (S*)rows.data + offset + first : scratch;
+  }
+  void flush(int64_t first, int n, const S* from) const {
+    if (direct) return;
+    const int64_t at = offset + first * rows.class_stride, stride = rows.class_stride;
+    switch (rows.dtype) {
+      case DType::float32:
+        for (int i = 0; i < n; i++) ((float*)rows.data)[at + i * stride] = (float)from[i];
+        break;
+      case DType::float64:
+        for (int i = 0; i < n; i++) ((double*)rows.data)[at + i * stride] = from[i];
+        break;
+      case DType::bfloat16: narrow<to_bfloat16>((uint16_t*)rows.data + at, stride, n, from); break;
+      case DType::float16: narrow<to_float16>((uint16_t*)rows.data + at, stride, n, from); break;
+    }
+  }
+  template <uint16_t (*to)(float)>
+  static void narrow(uint16_t* p, int64_t stride, int n, const S* from) {
+    if (stride == 1) {
+      for (int i = 0; i < n; i++) p[i] = to((float)from[i]);
+    } else {
+      for (int i = 0; i < n; i++) p[i * stride] = to((float)from[i]);
+    }
+  }
+  void zero(int64_t classes) const {
+    if (!wanted()) return;
+    const S zeros[block] = {};
+    for (int64_t i = 0; i < classes; i += block) {
+      const int n = classes - i < block ? (int)(classes - i) : block;
+      if (direct) __builtin_memset(at(i, nullptr), 0, n * sizeof(S));
+      else flush(i, n, zeros);
+    }
+  }
+};
+
+KD_FN double get(const RowScalar& s, int64_t row) {
+  if (!s.data) return s.value;
+  return s.is_double ? ((const double*)s.data)[row * s.stride]
+                     : ((const float*)s.data)[row * s.stride];
+}
