@@ -52,38 +52,38 @@ def _log1p(x: Tensor) -> Tensor:
     return torch.log1p(x.clamp(min=-1 + torch.finfo(x.dtype).eps / 2))
 
 
-def _forward_kl(e, d, log_p, alpha, beta):
+def _forward_kl(e, d, alpha, beta):
     return _phi(e, d)
 
 
-def _reverse_kl(e, d, log_p, alpha, beta):
+def _reverse_kl(e, d, alpha, beta):
     series = _series(d, [1 / math.factorial(n) for n in _ORDERS])
     return torch.where(_small(d), series, e - d)
 
 
-def _js(e, d, log_p, alpha, beta):
+def _js(e, d, alpha, beta):
     return beta * _phi(e, d) - _phi(beta * e, _log1p(beta * e))
 
 
-def _tv(e, d, log_p, alpha, beta):
+def _tv(e, d, alpha, beta):
     return e.abs() / 2  # whose derivative at 0 is 0
 
 
-def _skew_forward(e, d, log_p, alpha, beta):
+def _skew_forward(e, d, alpha, beta):
     mixture = 1 + alpha * e
     return mixture * _phi((1 - alpha) * e / mixture, d - _log1p(alpha * e))
 
 
-def _skew_reverse(e, d, log_p, alpha, beta):
+def _skew_reverse(e, d, alpha, beta):
     x = (1 - alpha) * e
     return _minus_log1p(x, _log1p(x))
 
 
-def _jeffreys(e, d, log_p, alpha, beta):
+def _jeffreys(e, d, alpha, beta):
     return e * d
 
 
-def _ab(e, d, log_p, alpha, beta):
+def _ab(e, d, alpha, beta):
     gamma = alpha + beta
     orders = [
         sum(gamma**k * alpha ** (n - 2 - k) for k in range(n - 1)) / math.factorial(n)
@@ -91,7 +91,7 @@ def _ab(e, d, log_p, alpha, beta):
     ]
     closed = (alpha / gamma * torch.expm1(gamma * d) - torch.expm1(alpha * d)) / (alpha * beta)
     ratio = torch.where(_small(d * max(abs(alpha), abs(gamma))), _series(d, orders), closed)
-    return ratio if gamma == 1 else ratio * torch.exp((gamma - 1) * log_p)
+    return ratio
 
 
 _GENERATORS = {
@@ -192,17 +192,21 @@ def _divergence(kind: str, s: _Softmax, t: _Softmax, dz: Tensor, alpha: float, b
     if kind == "renyi":
         return _renyi(s, t, on, d, wide, alpha)
 
+    power = alpha + beta if kind == "ab" else 1.0
+
+    def weight(side: _Softmax) -> Tensor:
+        return side.p if power == 1 else torch.exp(power * side.log_p)
+
     swapped = _swap(kind, alpha, beta)
     student_larger = d <= 0
     down, up = torch.where(student_larger, d, zero), torch.where(student_larger, zero, -d)
     value = torch.where(
         student_larger,
-        s.p * _GENERATORS[kind](torch.expm1(down), down, s.log_p, alpha, beta),
-        t.p * _GENERATORS[swapped[0]](torch.expm1(up), up, t.log_p, *swapped[1:]),
+        weight(s) * _GENERATORS[kind](torch.expm1(down), down, alpha, beta),
+        weight(t) * _GENERATORS[swapped[0]](torch.expm1(up), up, *swapped[1:]),
     )
     rows = torch.where(on, value, zero).sum(-1)
     infinite = torch.zeros_like(rows, dtype=torch.bool)
-    power = alpha + beta if kind == "ab" else 1.0
     for side, alone, limit in (
         (s, one_sided & t.off, _at_zero(kind, alpha, beta)),
         (t, one_sided & s.off, _at_zero(*swapped)),
@@ -211,8 +215,7 @@ def _divergence(kind: str, s: _Softmax, t: _Softmax, dz: Tensor, alpha: float, b
         if math.isinf(limit):
             infinite = infinite | alone.any(-1)
         else:
-            p = torch.where(alone, side.p, torch.ones_like(side.p))
-            rows = rows + limit * torch.where(alone, p**power, zero).sum(-1)
+            rows = rows + limit * torch.where(alone, weight(side), zero).sum(-1)
     return rows, infinite
 
 
@@ -220,7 +223,7 @@ def _renyi(s: _Softmax, t: _Softmax, on: Tensor, d: Tensor, wide: Tensor, alpha:
     wide = wide.squeeze(-1) | (d.abs().amax(-1) * max(alpha, 1.0) > _WIDE)
     close = torch.where(wide.unsqueeze(-1), torch.zeros_like(d), d)
     c = alpha * (alpha - 1)
-    generator = _ab(torch.expm1(close), close, s.log_p, alpha, 1 - alpha)
+    generator = _ab(torch.expm1(close), close, alpha, 1 - alpha)
     near = torch.log1p(c * (s.p * generator).sum(-1)) / (alpha - 1)
     mixed = torch.where(on, t.log_p * alpha + s.log_p * (1 - alpha), -math.inf)
     some = on.any(-1)  # disjoint supports: log 0
