@@ -64,8 +64,8 @@ class Loss:
         return tensors
 
     def __call__(self, inputs: Mapping[str, Any], *, backend: str = "auto", **options) -> Tensor:
-        """The loss of ``inputs``; ``options`` go before the entry's own hyperparameters."""
-        return self.function(**inputs, **{**self.hyper, **options}, backend=backend)
+        """The loss of ``inputs``; these and ``options`` go before the entry's hyperparameters."""
+        return self.function(**{**self.hyper, **inputs, **options}, backend=backend)
 
     def backends(self, device_type: str = "cpu") -> list[str]:
         """The backends that can run this loss here, the reference first."""

@@ -17,6 +17,8 @@ OPTIONAL = ("triton", "trl", "timm", "liger_kernel")
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # workers that share cores spend them waiting for each other
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: long or large; runs with KDKERNELS_SLOW=1")
 
