@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distil a small network on handwritten digits and see what the fused loss costs: ``make demo``.
 
-The protocol was fixed on validation images, with other seeds than those shown: a convolutional
-teacher, a student of one hidden layer, the same images, augmentation and steps with and without the
-teacher, temperature 4 and alpha 0.9. The epoch of the best validation accuracy is tested, once.
-Every seed counts, however it falls.
+The task is to learn from 180 images, the same for teacher and students, with the same augmentation
+and number of steps with and without the teacher. The protocol was fixed on the validation images,
+with other seeds than those shown. The epoch of the best validation accuracy is tested, once. Every
+seed counts, however it falls.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import time
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from kdkernels.train import Config, report, run
 from kdkernels.train.metrics import summarise
 
 SEEDS = (0, 1, 2)
-TEACHER, STUDENT = "convnet32", "mlp32"
-EPOCHS = 60
+TEACHER, STUDENT = "convnet32", "convnet4"
+# Four fifths of what is not test select, one fifth (180 images) trains.
+COMMON = {"data": "digits", "val_fraction": 0.8, "epochs": 100, "batch_size": 32}
 VARIANTS = {
     "ce": {"method": "ce"},
     "kd, fused": {"method": "kd", "backend": "auto"},
@@ -35,8 +38,8 @@ def main() -> None:
     out = Path("demo", time.strftime("%Y%m%d-%H%M%S"))
     say = report.console.print
 
-    say(f"Teacher: {TEACHER}, {EPOCHS} epochs on scikit-learn's digits")
-    teacher = train(out / "teacher", method="ce", student=TEACHER, epochs=EPOCHS)
+    say(f"Teacher: {TEACHER} on 180 of scikit-learn's digits")
+    teacher = train(out / "teacher", method="ce", student=TEACHER)
     say(f"  test accuracy {100 * teacher['test']['accuracy']:.2f} %")
 
     runs = {name: [] for name in VARIANTS}
@@ -44,29 +47,41 @@ def main() -> None:
     for seed in SEEDS:
         # The variants take turns, so that a busy machine slows all of them alike.
         for name, variant in VARIANTS.items():
-            say(f"Student: {STUDENT}, {EPOCHS} epochs, {name}, seed {seed}")
+            say(f"Student: {STUDENT}, {name}, seed {seed}")
             folder = out / name.replace(", ", "-") / str(seed)
             checkpoint = str(out / "teacher" / "seed-0" / "model.safetensors")
-            settings = variant | {"student": STUDENT, "epochs": EPOCHS, "seed": (seed,)}
+            settings = variant | {"student": STUDENT, "seed": (seed,)}
             runs[name].append(train(folder, teacher_checkpoint=checkpoint, **settings))
             folders[name].append(folder / f"seed-{seed}")
 
     summaries = {name: summarise(results) for name, results in runs.items()}
     report.plot_curves(out / "curves.png", folders)
     say(report.table(f"Students ({STUDENT}) on digits, mean ± deviation of 3 seeds", summaries))
-    fused, reference = (
-        summaries[name]["loss_ms"]["mean"] for name in ("kd, fused", "kd, reference")
+    ratio = statistics.median(
+        reference["loss_ms"] / fused["loss_ms"]
+        for fused, reference in zip(runs["kd, fused"], runs["kd, reference"], strict=True)
+    )
+    apart = max(
+        abs(first_loss(fused) / first_loss(reference) - 1)
+        for fused, reference in zip(folders["kd, fused"], folders["kd, reference"], strict=True)
     )
     say(
-        f"A step's loss, forward and backward: {fused:.3f} ms fused, {reference:.3f} ms in plain "
-        f"torch ({reference / fused:.2f} times as long).\n"
+        f"The fused loss, forward and backward, is {ratio:.1f} times as fast as the plain-torch "
+        f"reference at 32x10.\nIn the first epoch the two differ by {apart:.0e}; later steps blow "
+        f"such rounding up to differences like those between seeds.\n"
         f"Curves: {out / 'curves.png'}; all took {time.perf_counter() - started:.0f} s."
     )
 
 
+def first_loss(folder: Path) -> float:
+    """Mean training loss of a run's first epoch."""
+    with (folder / "log.jsonl").open() as log:
+        return json.loads(log.readline())["train"]["loss"]
+
+
 def train(out: Path, **settings) -> dict:
     """Results of the one run that ``settings`` describe."""
-    return run(Config(data="digits", val_fraction=0.2, out=str(out), **settings))["runs"][0]
+    return run(Config(**COMMON, **settings, out=str(out)))["runs"][0]
 
 
 if __name__ == "__main__":

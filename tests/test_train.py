@@ -280,7 +280,7 @@ def test_a_teacher_that_does_not_fit_is_named(finished, tmp_path):
         checkpoint.load_model(path, (8, 8, 1), 100)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match="damaged.safetensors: not a readable safetensors file"):
+    with pytest.raises(InputError, match=r"damaged\.safetensors: not a readable safetensors file"):
         checkpoint.load_model(damaged, (8, 8, 1), 10)
 
 

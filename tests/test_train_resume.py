@@ -18,7 +18,7 @@ from kdkernels.train.cli import main
 from kdkernels.train.loop import State, restore, save
 
 OPTIONS = (
-    "--method ce --student convnet2 --epochs 8 --batch-size 32 --checkpoint-every 1 "
+    "--method ce --student convnet2 --epochs 4 --batch-size 32 --checkpoint-every 1 "
     "--accelerator cpu --seed 7"
 )
 ARGUMENTS = OPTIONS.split()

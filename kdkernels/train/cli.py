@@ -17,13 +17,13 @@ from kdkernels.train.config import Config, option
 from kdkernels.train.errors import InputError, TrainError
 from kdkernels.train.methods import METHODS
 
+PROGRAM = "kdkernels train"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kdkernels train`` and return its exit status."""
     # jsonargparse lets the later of two values win: the config file goes first.
-    find_config = argparse.ArgumentParser(
-        prog="kdkernels train", add_help=False, allow_abbrev=False
-    )
+    find_config = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
     find_config.add_argument("--config")
     found, rest = find_config.parse_known_args(argv)
     arguments = make_parser().parse_args(
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, options = split(vars(arguments))
         results = experiment.run(config, options)
     except (TrainError, OSError) as error:
-        print(f"kdkernels train: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     name = f"{config.method} {config.student}"
     seeds = ", ".join(map(str, config.seed))
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> ArgumentParser:
     """The options of :class:`Config`, then those of every method."""
     parser = ArgumentParser(
-        prog="kdkernels train",
+        prog=PROGRAM,
         description=inspect.getdoc(Config).splitlines()[0],
         allow_abbrev=False,
     )

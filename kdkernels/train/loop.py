@@ -137,7 +137,7 @@ def fit(
                     checkpoint.write_lines(out / "log.jsonl", state.history)
                 save(out / "checkpoint.pt", state, checkpointed, device)
 
-    # The test images are read here and nowhere else.
+    # Test images: read only now, when nothing is left to choose.
     last_accuracy = accuracy(*predict(model, data, data.test, device))
     student.load_state_dict(state.best["weights"])
     teacher_test = predict(teachers[0], data, data.test, device)[0] if teachers else None
@@ -226,7 +226,7 @@ def restore(path: Path, parts: Mapping[str, Any], device: torch.device) -> State
 
 
 def results(state: State, test: dict[str, float], last_accuracy: float) -> dict[str, Any]:
-    """Summary of a finished run; rates are medians over epochs, which one slow epoch cannot move."""
+    """Summary of a finished run; rates are medians over epochs: a slow one cannot move them."""
     val = [record["val"]["accuracy"] for record in state.history]
 
     def median(name: str) -> float:
