@@ -123,14 +123,17 @@ def relative_errors(value: Tensor, oracle: Tensor) -> tuple[float, float]:
 def error_ratio(kernel: Tensor, eager: Tensor, oracle: Tensor) -> float:
     """The kernel's error over the error it may have: passes up to 1."""
     dtype = kernel.dtype
-    finite = oracle[oracle.isfinite()]
-    largest = finite.abs().max().item() if finite.numel() else 0.0
-    # Below the smallest subnormal nothing can be represented, whoever computes it.
-    grain = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / (largest or 1.0)
+    info = torch.finfo(dtype)
+    finite = oracle.detach()[oracle.isfinite()].double()
+    # Nobody can be asked to beat the rounding of the result, nor to represent anything below the
+    # smallest subnormal.
+    smallest = info.smallest_normal * info.eps
+    size = finite.abs().max().item() if finite.any() else 1.0, finite.norm().item() or 1.0
+    grain = smallest / size[0], smallest * finite.numel() ** 0.5 / size[1]
     return max(
-        ours / (min(2 * theirs + FLOOR[dtype], CAP[dtype]) + grain)
-        for ours, theirs in zip(
-            relative_errors(kernel, oracle), relative_errors(eager, oracle), strict=True
+        ours / (min(2 * max(theirs, info.eps / 2) + FLOOR[dtype], CAP[dtype]) + lost)
+        for ours, theirs, lost in zip(
+            relative_errors(kernel, oracle), relative_errors(eager, oracle), grain, strict=True
         )
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends to run over, markers, and a header that says what is missing here."""
+"""Backends to run over, and a header that says what is missing here."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 OPTIONAL = ("triton", "trl", "timm", "liger_kernel")
 
 
-def pytest_configure(config):
+def pytest_configure():
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # workers that share cores spend them waiting for each other
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "slow: long or large; runs with KDKERNELS_SLOW=1")
 
 
 def pytest_report_header():
@@ -31,14 +29,6 @@ def pytest_report_header():
             ok, reason = backends.verdict("rowwise", backend, device)
             lines.append(f"kdkernels: {backend} on {device}: {'yes' if ok else 'no'} ({reason})")
     return lines
-
-
-def pytest_collection_modifyitems(items):
-    if os.environ.get("KDKERNELS_SLOW", "0") != "1":
-        skip = pytest.mark.skip(reason="slow: set KDKERNELS_SLOW=1")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
 
 
 def pytest_generate_tests(metafunc):
@@ -66,6 +56,12 @@ def pytest_generate_tests(metafunc):
             if name == "backend" or backend != "reference"
         ]
         metafunc.parametrize((name, "device"), places)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same masks and directions in every run and order."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
