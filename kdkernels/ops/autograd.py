@@ -18,10 +18,6 @@ def _(grad, upstream, row_factor):
     return None
 
 
-def _keeps_graph() -> bool:
-    return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
 def refuse_higher_order(function: str) -> None:
     """Raise where a second derivative is being asked of a kernel (``create_graph=True``).
 
@@ -44,18 +40,26 @@ def refuse_transforms(function: str) -> None:
         )
 
 
-def scaled(saved: torch.Tensor, upstream: torch.Tensor, row_factor: torch.Tensor | None):
-    """``saved`` (..., C) times ``upstream`` (0-d or (...)) times ``row_factor`` (rows,).
+def scale_in_place(grad: torch.Tensor, upstream: torch.Tensor, row_factor: torch.Tensor | None):
+    """``grad`` (..., C) times ``upstream`` (0-d or (...)) times ``row_factor`` (rows,), in place.
 
-    In place, and free where ``upstream`` is 1 and there is no ``row_factor``; on a copy where the
-    graph is kept, since autograd may hand the result on as somebody's ``.grad``.
+    Free where ``upstream`` is 1 and there is no ``row_factor``. On a GPU it is the kernel that
+    finds this out, since the host would have to wait for the value.
+    """
+    if row_factor is None and upstream.dim() == 0 and upstream.is_cpu and upstream.item() == 1:
+        return
+    torch.ops.kdkernels.scale_rows_.default(grad, upstream.contiguous(), row_factor)
+
+
+def scaled(saved: torch.Tensor, upstream: torch.Tensor, row_factor: torch.Tensor | None):
+    """The same, of a saved gradient.
+
+    In place unless the graph is kept: then on a copy, since autograd may hand the result on as
+    somebody's ``.grad``.
     """
     if torch.compiler.is_compiling():
         factor = upstream if row_factor is None else upstream * row_factor.view(saved.shape[:-1])
         return (saved * factor.unsqueeze(-1)).to(saved.dtype)
-    grad = saved.clone() if _keeps_graph() else saved
-    _scale_rows_(grad, upstream.contiguous(), row_factor)
+    grad = saved.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else saved
+    scale_in_place(grad, upstream, row_factor)
     return grad
-
-
-_scale_rows_ = torch.ops.kdkernels.scale_rows_.default

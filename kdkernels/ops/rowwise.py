@@ -13,7 +13,12 @@ from typing import NamedTuple
 import torch
 
 from kdkernels.ops import NAMESPACE
-from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, scaled
+from kdkernels.ops.autograd import (
+    refuse_higher_order,
+    refuse_transforms,
+    scale_in_place,
+    scaled,
+)
 
 # The order is the `Kind` enumeration of csrc/kd/rowwise.h.
 KINDS = (
@@ -114,50 +119,60 @@ def _operator(backend: str, inplace: bool):
     return _triton[inplace]
 
 
+_NO_GRADIENT = (None,) * 8  # one per argument of the autograd functions
+
+
 class _Rowwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask,
-        name, operator, spec,
-    ):  # fmt: skip
+        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask, call
+    ):
+        name, operator, spec = call
         need = ctx.needs_input_grad
-        half_student = need[0] and student.dtype == torch.float16
-        half_teacher = need[1] and teacher.dtype == torch.float16
-        need_rows = need[2] or need[3] or need[4] or half_student or half_teacher
+        half = (
+            need[0] and student.dtype == torch.float16,
+            need[1] and teacher.dtype == torch.float16,
+        )
+        need_rows = need[2] or need[3] or need[4] or half[0] or half[1]
         grads = GRAD_STUDENT * need[0] | GRAD_TEACHER * need[1] | GRAD_ROWS * need_rows
         loss, grad_student, grad_teacher, rows = operator(
             student, teacher, labels, mask, row_weight, temperatures, teacher_temperatures,
             *spec, grads,
         )  # fmt: skip
+        if grads == GRAD_STUDENT:
+            ctx.save_for_backward(grad_student)
+            ctx.call = name, grads
+            return loss
         ctx.save_for_backward(grad_student, grad_teacher, rows)
-        ctx.name = name
-        ctx.half = (half_student, half_teacher)
-        ctx.scalar_temperatures = tuple(
+        ctx.call = name, grads
+        ctx.half = half
+        ctx.one_temperature = tuple(
             t is not None and t.numel() == 1 for t in (temperatures, teacher_temperatures)
         )
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        refuse_higher_order(ctx.name)
-        grad_student, grad_teacher, rows = ctx.saved_tensors
+        name, grads = ctx.call
+        refuse_higher_order(name)
+        if grads == GRAD_STUDENT:
+            (student,) = ctx.saved_tensors
+            return scaled(student, upstream, None), None, None, None, None, None, None, None
+        student, teacher, rows = ctx.saved_tensors
         need = ctx.needs_input_grad
+        gradients = [*_NO_GRADIENT]
         if need[0]:
-            grad_student = scaled(grad_student, upstream, rows[3] if ctx.half[0] else None)
+            gradients[0] = scaled(student, upstream, rows[3] if ctx.half[0] else None)
         if need[1]:
-            grad_teacher = scaled(grad_teacher, upstream, rows[3] if ctx.half[1] else None)
-        row_grads = [None] * 3
+            gradients[1] = scaled(teacher, upstream, rows[3] if ctx.half[1] else None)
         if any(need[2:5]):
-            row_grads = list((rows[:3] * upstream.reshape(-1)).unbind())
-            for i, scalar in enumerate(ctx.scalar_temperatures, start=1):
-                if scalar:
-                    row_grads[i] = row_grads[i].sum().reshape(1)
-        return (
-            grad_student if need[0] else None,
-            grad_teacher if need[1] else None,
-            *(grad if needed else None for grad, needed in zip(row_grads, need[2:5], strict=True)),
-            None, None, None, None, None,
-        )  # fmt: skip
+            upstream = upstream.reshape(-1)
+            for i in range(3):
+                if need[2 + i]:
+                    grad = rows[i] * upstream
+                    summed = i > 0 and ctx.one_temperature[i - 1]
+                    gradients[2 + i] = grad.sum().reshape(1) if summed else grad
+        return tuple(gradients)
 
 
 class _RowwiseInplace(torch.autograd.Function):
@@ -165,9 +180,9 @@ class _RowwiseInplace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask,
-        name, operator, spec,
-    ):  # fmt: skip
+        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask, call
+    ):
+        name, operator, spec = call
         half = student.dtype == torch.float16
         buffer = student.detach()
         loss, _, rows = operator(
@@ -193,8 +208,8 @@ class _RowwiseInplace(torch.autograd.Function):
                 f"{ctx.name}: the student's logits were modified after inplace=True had stored the "
                 f"gradient in them (version {grad._version}, expected {ctx.version})."
             )
-        torch.ops.kdkernels.scale_rows_.default(grad, upstream, ctx.row_factor)
-        return grad, *(None,) * 9
+        scale_in_place(grad, upstream, ctx.row_factor)
+        return grad, *_NO_GRADIENT[1:]
 
 
 def apply(
@@ -204,7 +219,9 @@ def apply(
     """Run the family's kernel on validated inputs, recording a gradient where one is needed."""
     refuse_transforms(name)
     tensors = (student, teacher, row_weight, temperatures, teacher_temperatures)
-    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    recording = torch.is_grad_enabled() and (
+        student.requires_grad or any(t is not None and t.requires_grad for t in tensors[1:])
+    )
     operator = _operator(backend, inplace and recording)
     if inplace and recording:
         if not student.requires_grad or any(t is not None and t.requires_grad for t in tensors[1:]):
@@ -212,9 +229,9 @@ def apply(
                 f"{name}: inplace=True gives a gradient to the student alone; another "
                 "argument requires one."
             )
-        return _RowwiseInplace.apply(*tensors, labels, mask, name, operator, spec)
+        return _RowwiseInplace.apply(*tensors, labels, mask, (name, operator, spec))
     if recording:
-        return _Rowwise.apply(*tensors, labels, mask, name, operator, spec)
+        return _Rowwise.apply(*tensors, labels, mask, (name, operator, spec))
     loss, *_ = operator(
         student, teacher, labels, mask, row_weight, temperatures, teacher_temperatures, *spec, 0
     )

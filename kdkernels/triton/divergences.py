@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The divergences of the rowwise family, per class: value and derivatives, without cancellation.
 
-As in the reference a class contributes ``p f(x)``, where ``p`` is the larger of its two
-probabilities and ``x <= 0`` the log-ratio of the other to it. A new divergence is one more branch
-of :func:`terms`.
+With ``d = log(p_t / p_s)`` and ``e = expm1(d)``, a class with ``|d| < 1/2`` is `near`: there all is
+``p_s`` times functions of d that vanish with it, the change ``p_t - p_s = p_s e`` first. Elsewhere
+plain differences of the two probabilities lose nothing. Derivatives are those of a form that
+differs from the divergence by a multiple of ``p_t - p_s``, which sums to zero, so that they vanish
+with d as well. A new divergence is one more branch of :func:`terms`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,82 @@ from kdkernels.triton.math import (
     log1p,
     minus_log1p,
     near_zero,
-    phi,
     power_series,
 )
+
+
+@triton.jit
+def _times(p, x):
+    """``p x``, where no mass makes any x nothing."""
+    return tl.where(p == 0, 0.0, p * x)
+
+
+@triton.jit
+def terms(
+    us, ut, dz, delta, log_s, log_t, inv_sum_s, inv_sum_t,
+    KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+):  # fmt: skip
+    """Per class: value, p_s dl/dp_s, p_t dl/dp_t, p_s, p_t."""
+    d = dz - delta
+    ps, pt = tl.exp(us) * inv_sum_s, tl.exp(ut) * inv_sum_t
+    near = tl.abs(d) < 0.5
+    x = tl.where(near, d, 0.0)
+    w = expm1_minus(x)
+    e = x + w
+    change = tl.where(near, ps * e, pt - ps)
+    if KIND == "forward_kl":
+        to_t = _times(pt, d)
+        return tl.where(near, ps * (e * x - w), to_t - change), -change, to_t, ps, pt
+    elif KIND == "cross_entropy":
+        value = _times(pt, log_s - us)
+        return value, -change, value, ps, pt
+    elif KIND == "reverse_kl":
+        to_s = -_times(ps, d)
+        return tl.where(near, ps * w, to_s + change), to_s, change, ps, pt
+    elif KIND == "jeffreys":
+        to_s, to_t = _times(ps, d), _times(pt, d)
+        value = tl.where(near, change * x, to_t - to_s)
+        return value, -change - to_s, to_t + change, ps, pt
+    elif KIND == "tv":
+        half = tl.where(change < 0, 0.5, tl.where(change > 0, -0.5, 0.0))
+        return tl.abs(change) * 0.5, ps * half, -pt * half, ps, pt
+    elif KIND == "js":
+        m, y = ps + BETA * change, BETA * e
+        log_y, log_m = log1p(y), tl.log(m)
+        to_s = (1 - BETA) * _times(ps, tl.where(near, -log_y, us - log_s - log_m))
+        to_t = BETA * _times(pt, tl.where(near, d - log_y, ut - log_t - log_m))
+        # phi(e) - phi(y), phi(y) = (1 + y) log(1 + y) - y, by what is left of the logarithms.
+        bregman = BETA * (e * x - w) - (y * y - (1 + y) * minus_log1p(y, log_y))
+        return tl.where(near, ps * bregman, to_s + to_t), to_s, to_t, ps, pt
+    elif KIND == "skew_forward" or KIND == "skew_reverse":
+        # KL(p || m) for p the teacher (forward) or the student, m = alpha p + (1 - alpha) q.
+        if KIND == "skew_forward":
+            p, q, away = pt, ps, (1 - ALPHA) * change  # p - m
+            m = ps + ALPHA * change
+            log_ratio = tl.where(near, d - log1p(ALPHA * e), ut - log_t - tl.log(m))
+        else:
+            p, q, away = ps, pt, -(1 - ALPHA) * change
+            m = ps - away
+            log_ratio = tl.where(near, -log1p((1 - ALPHA) * e), us - log_s - tl.log(m))
+        share = away / tl.where(m == 0, 1.0, m)
+        close = m * (share * share - (1 + share) * minus_log1p(share, log_ratio))
+        to_p = _times(p, log_ratio)
+        value = tl.where(near, close, to_p - away)
+        to_p -= ALPHA * p * share
+        to_q = -(1 - ALPHA) * q * share
+        if KIND == "skew_forward":
+            return value, to_q, to_p, ps, pt
+        return value, to_p, to_q, ps, pt
+    else:
+        # Renyi's is a function of the alpha divergence, which is `ab`.
+        tl.static_assert(KIND == "ab" or KIND == "renyi")
+        student = d <= 0
+        log_p = tl.where(student, us - log_s, ut - log_t)
+        x = tl.where(tl.abs(d) > 1e30, -1e30, -tl.abs(d))
+        value_s, own_s, other_s = _ab(log_p, x, ALPHA, BETA)
+        value_t, own_t, other_t = _ab(log_p, x, BETA, ALPHA)
+        to_s, to_t = tl.where(student, own_s, other_t), tl.where(student, other_s, own_t)
+        return tl.where(student, value_s, value_t), to_s, to_t, ps, pt
 
 
 @triton.constexpr_function
@@ -35,57 +110,28 @@ def _scaled_expm1(scale, log_scale, x):
 
 
 @triton.jit
-def terms(p, log_p, e, x, KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr):
-    """Of a class whose larger probability ``p`` is the student's: value, p_s dl/dp_s, p_t dl/dp_t.
+def _ab(log_p, x, ALPHA: tl.constexpr, BETA: tl.constexpr):
+    """Of a class whose larger probability p is the first side's: value and both derivatives.
 
-    ``e = expm1(x)``, so that the teacher's is ``p (1 + e)``. The derivatives are those of a form
-    that differs from the divergence by a multiple of ``p_t - p_s`` (which sums to zero), so that
-    they vanish with x. To serve the classes where the teacher's is larger, the caller swaps the
-    divergence's arguments.
+    The other side's is ``p exp(x)``, x <= 0. Powers are taken in the log domain, since one may
+    overflow where the product does not; whatever the exponents, none is met as a difference.
     """
-    if KIND == "forward_kl":
-        return p * phi(e, x), -p * e, p * (1 + e) * x
-    elif KIND == "reverse_kl":
-        return p * expm1_minus(x, e), -p * x, p * e
-    elif KIND == "jeffreys":
-        return p * e * x, -p * (e + x), p * ((1 + e) * x + e)
-    elif KIND == "tv":
-        half = tl.where(e < 0, 0.5, 0.0) * p
-        return -0.5 * p * e, half, -half * (1 + e)
-    elif KIND == "js":
-        log_m = log1p(BETA * e)
-        value = p * (BETA * phi(e, x) - phi(BETA * e, log_m))
-        return value, -(1 - BETA) * p * log_m, BETA * p * (1 + e) * (x - log_m)
-    elif KIND == "skew_forward":
-        # KL(t || m): forward KL from m's point of view, with m = p (1 + alpha e) in p's place.
-        # 1 + ratio is (1 + e) / m, which keeps the closed form right where x is very negative.
-        m = 1 + ALPHA * e
-        log_m = log1p(ALPHA * e)
-        ratio = (1 - ALPHA) * e / tl.where(m > 0, m, 1.0)
-        closed = (1 + e) * (x - log_m) - (1 - ALPHA) * e
-        value = tl.where(near_zero(ratio), m * phi(ratio, x - log_m), closed)
-        return value * p, -(1 - ALPHA) * p * ratio, p * (1 + e) * (x - log_m - ALPHA * ratio)
-    elif KIND == "skew_reverse":
-        log_m = log1p((1 - ALPHA) * e)
-        m = 1 + (1 - ALPHA) * e
-        share = (1 - ALPHA) * e / tl.where(m > 0, m, 1.0)
-        value = p * minus_log1p((1 - ALPHA) * e, log_m)
-        return value, p * (ALPHA * share - log_m), (1 - ALPHA) * p * (1 + e) * share
-    else:
-        tl.static_assert(KIND == "ab")
-        # Powers of p are taken in the log domain together with the ratio's, since one may
-        # overflow where their product does not.
-        GAMMA: tl.constexpr = ALPHA + BETA
-        log_scale = GAMMA * tl.where(log_p == -float("inf"), 0.0, log_p)
-        scale = tl.where(log_p == -float("inf"), 0.0, tl.exp(log_scale))
-        by_alpha = _scaled_expm1(scale, log_scale, ALPHA * x)
-        by_gamma = _scaled_expm1(scale, log_scale, GAMMA * x)
-        closed = (ALPHA / GAMMA * by_gamma - by_alpha) / (ALPHA * BETA)
-        near = near_zero(_largest(ALPHA, GAMMA) * x)
-        value = tl.where(near, scale * power_series(x, ALPHA, GAMMA), closed)
-        log_product = log_scale + ALPHA * x
-        other = _scaled_expm1(tl.exp(log_product), log_product, BETA * x) / BETA
-        return value, by_alpha / -ALPHA, tl.where(log_p == -float("inf"), 0.0, other)
+    GAMMA: tl.constexpr = ALPHA + BETA
+    off = log_p == -float("inf")
+    log_scale = GAMMA * tl.where(off, 0.0, log_p)
+    scale = tl.where(off, 0.0, tl.exp(log_scale))
+    by_alpha = _scaled_expm1(scale, log_scale, ALPHA * x)
+    by_gamma = _scaled_expm1(scale, log_scale, GAMMA * x)
+    value = tl.where(
+        near_zero(_largest(ALPHA, GAMMA) * x),
+        scale * power_series(x, ALPHA, GAMMA),
+        (ALPHA / GAMMA * by_gamma - by_alpha) / (ALPHA * BETA),
+    )
+    if ALPHA < 0 or GAMMA < 0:  # mass that stands alone
+        value = tl.where((x == -1e30) & (log_p != -float("inf")), float("inf"), value)
+    log_product = log_scale + ALPHA * x
+    other = _scaled_expm1(tl.exp(log_product), log_product, BETA * x) / BETA
+    return value, by_alpha / -ALPHA, tl.where(off, 0.0, other)
 
 
 @triton.jit

@@ -21,11 +21,6 @@ def _inverse_factorial(n):
 
 
 @triton.constexpr_function
-def _phi_coefficient(n):
-    return (-1.0) ** n / (n * (n - 1))
-
-
-@triton.constexpr_function
 def _log1p_coefficient(n):
     return (-1.0) ** n / n
 
@@ -76,15 +71,6 @@ def log1p(x):
 
 
 @triton.jit
-def phi(e, log1p_e):
-    """``(1 + e) log(1 + e) - e``."""
-    series = tl.zeros_like(e)
-    for n in tl.static_range(_LAST_ORDER, 1, -1):
-        series = series * e + _phi_coefficient(n)
-    return tl.where(near_zero(e), series * e * e, (1 + e) * log1p_e - e)
-
-
-@triton.jit
 def minus_log1p(x, log1p_x):
     """``x - log(1 + x)``."""
     series = tl.zeros_like(x)
@@ -94,12 +80,13 @@ def minus_log1p(x, log1p_x):
 
 
 @triton.jit
-def expm1_minus(x, expm1_x):
-    """``exp(x) - 1 - x``."""
-    series = tl.zeros_like(x)
-    for n in tl.static_range(_LAST_ORDER, 1, -1):
+def expm1_minus(x):
+    """``exp(x) - 1 - x`` for |x| <= 1/2."""
+    order: tl.constexpr = 15 if x.dtype == tl.float64 else 8
+    series = x * _inverse_factorial(order) + _inverse_factorial(order - 1)
+    for n in tl.static_range(order - 2, 1, -1):
         series = series * x + _inverse_factorial(n)
-    return tl.where(near_zero(x), series * x * x, expm1_x - x)
+    return series * x * x
 
 
 @triton.jit

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -20,30 +18,9 @@ from kdkernels.ops.rowwise import (
     Spec,
     compute_dtype,
 )
-from kdkernels.reference.rowwise import _at_zero, _swap
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
 from kdkernels.triton.layout import common_unit, row_layout, tile
 from kdkernels.triton.rowwise_kernel import rowwise_kernel
-
-
-def _form(kind: str, alpha: float, beta: float) -> dict:
-    """The divergence and its mirror image, and on which lonely mass it is infinite."""
-    # Renyi's is a function of the alpha divergence, which `ab` is; a kind that is not a sum of
-    # p f(d) knows for itself where it is infinite.
-    form = {"renyi": "ab", "cross_entropy": "forward_kl"}.get(kind, kind)
-    swapped = _swap(form, alpha, beta)
-    own = form == kind
-    return {
-        "KIND": kind,
-        "FORM": form,
-        "ALPHA": alpha,
-        "BETA": beta,
-        "SWAPPED": swapped[0],
-        "SWAPPED_ALPHA": swapped[1],
-        "SWAPPED_BETA": swapped[2],
-        "STUDENT_ALONE": own and math.isinf(_at_zero(kind, alpha, beta)),
-        "TEACHER_ALONE": own and math.isinf(_at_zero(*swapped)),
-    }
 
 
 def arguments(
@@ -63,7 +40,7 @@ def arguments(
     rows = student.numel() // classes
     dtype = compute_dtype(student, teacher)
     shape = tile(classes, dtype)
-    kind, ce = KINDS[spec.kind], spec.ce_weight != 0
+    ce = spec.ce_weight != 0
     probabilities = ce and labels.dtype != torch.int64
     s_layout, t_layout = row_layout(student), row_layout(teacher)
     l_layout = row_layout(labels) if probabilities else s_layout
@@ -115,7 +92,9 @@ def arguments(
         "ce_weight": spec.ce_weight,
         "smoothing": spec.label_smoothing,
         "normaliser": 1.0 / divisor,
-        **_form(kind, spec.alpha, spec.beta),
+        "KIND": KINDS[spec.kind],
+        "ALPHA": spec.alpha,
+        "BETA": spec.beta,
         "KD": spec.kd_weight != 0,
         "CE": ce,
         "PROBABILITIES": probabilities,

@@ -20,7 +20,7 @@ import triton.language as tl
 from kdkernels.ops import rowwise as ops
 from kdkernels.triton.divergences import renyi_gradients, renyi_mixture, terms
 from kdkernels.triton.layout import row_start
-from kdkernels.triton.math import expm1, log1p
+from kdkernels.triton.math import expm1_minus, log1p
 
 HALF_BOOST = tl.constexpr(ops.HALF_BOOST)
 
@@ -66,37 +66,9 @@ def _centred(s, t, top_s, top_t, inv_s, inv_t, SAME: tl.constexpr):
 @triton.jit
 def _change(exp_s, exp_t, x):
     """``exp_t - exp_s``, without cancellation, of which ``x`` is the log-ratio."""
-    return tl.where(x <= 0, exp_s, -exp_t) * expm1(-tl.abs(x))
-
-
-@triton.jit
-def _pair_terms(
-    us, ut, dz, delta, log_s, log_t, inv_sum_s, inv_sum_t,
-    KIND: tl.constexpr, FORM: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    SWAPPED: tl.constexpr, SWAPPED_ALPHA: tl.constexpr, SWAPPED_BETA: tl.constexpr,
-    STUDENT_ALONE: tl.constexpr, TEACHER_ALONE: tl.constexpr,
-):  # fmt: skip
-    """Per class: value (+inf where lone mass makes it so), p_s dl/dp_s, p_t dl/dp_t."""
-    d = dz - delta
-    student = d <= 0  # whose probability is the larger
-    p = tl.exp(tl.where(student, us, ut)) * tl.where(student, inv_sum_s, inv_sum_t)
-    log_p = tl.where(student, us - log_s, ut - log_t)
-    # Finite also where one side is -inf, so that its products with 0 are 0.
-    x = tl.where(tl.abs(d) > 1e30, -1e30, -tl.abs(d))
-    e = expm1(x)
-    value_s, own_s, other_s = terms(p, log_p, e, x, FORM, ALPHA, BETA)
-    value_t, own_t, other_t = terms(p, log_p, e, x, SWAPPED, SWAPPED_ALPHA, SWAPPED_BETA)
-    value = tl.where(student, value_s, value_t)
-    to_s, to_t = tl.where(student, own_s, other_t), tl.where(student, other_s, own_t)
-    if KIND == "cross_entropy":
-        p_t = tl.exp(ut) * inv_sum_t
-        value = tl.where(p_t > 0, p_t * (log_s - us), 0.0)
-        to_t = value
-    if STUDENT_ALONE:
-        value = tl.where((d == -float("inf")) & (p > 0), float("inf"), value)
-    if TEACHER_ALONE:
-        value = tl.where((d == float("inf")) & (p > 0), float("inf"), value)
-    return value, to_s, to_t
+    near = tl.abs(x) < 0.5
+    x = tl.where(near, x, 0.0)
+    return tl.where(near, exp_s * (x + expm1_minus(x)), exp_t - exp_s)
 
 
 @triton.jit
@@ -156,9 +128,7 @@ def rowwise_kernel(
     # fp64, so that fp64 logits are not held to fp32 parameters.
     temperature: tl.float64, teacher_temperature: tl.float64,
     kd_weight: tl.float64, ce_weight: tl.float64, smoothing: tl.float64, normaliser: tl.float64,
-    KIND: tl.constexpr, FORM: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
-    SWAPPED: tl.constexpr, SWAPPED_ALPHA: tl.constexpr, SWAPPED_BETA: tl.constexpr,
-    STUDENT_ALONE: tl.constexpr, TEACHER_ALONE: tl.constexpr,  # infinite where mass stands alone
+    KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
     KD: tl.constexpr, CE: tl.constexpr, PROBABILITIES: tl.constexpr, SAME: tl.constexpr,
     T2: tl.constexpr, SCALAR_S: tl.constexpr, SCALAR_T: tl.constexpr,
     HALF_S: tl.constexpr, HALF_T: tl.constexpr,  # fp16: gradients un-normalised, times HALF_BOOST
@@ -222,7 +192,7 @@ def rowwise_kernel(
     es, et = tl.exp(us), tl.exp(ut)
     change = _change(es, et, dz)
     e1 = tl.exp(s - top_s)
-    for start in range(TILE, CLASSES, TILE):
+    for start in tl.range(TILE, CLASSES, TILE, num_stages=3):
         s_tile = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
         t_tile = _load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE) if KD else s_tile
         old_s, old_t, centre = raw_s, raw_t, raw_t - raw_s
@@ -231,7 +201,7 @@ def rowwise_kernel(
         move_s, move_t = (old_s - top_s) * inv_s, (old_t - top_t) * inv_t
         fs, ft = tl.exp(move_s), tl.exp(move_t)
         move = (centre - (top_t - top_s)) * inv_s if SAME else move_t - move_s
-        step = tl.where(tl.abs(move) < 1, _change(fs, ft, move), ft - fs)
+        step = _change(fs, ft, move)
         us, ut, dz = _centred(s_tile, t_tile, top_s, top_t, inv_s, inv_t, SAME)
         tile_s, tile_t = tl.exp(us), tl.exp(ut)
         change = change * ft + es * step + _change(tile_s, tile_t, dz)
@@ -245,7 +215,7 @@ def rowwise_kernel(
     target_sum = tl.full((1, 1), 1.0, ACC)
     if CE and PROBABILITIES:
         totals = tl.zeros((ROWS, TILE), ACC)
-        for start in range(0, CLASSES, TILE):
+        for start in tl.range(0, CLASSES, TILE, num_stages=3):
             totals += _target(l_row, label, start, live, smooth, True, ACC, CLASSES, TILE)
         target_sum = _sum(totals)
 
@@ -262,7 +232,7 @@ def rowwise_kernel(
     products = tl.zeros((ROWS, TILE), ACC)
     top_mix = tl.full((ROWS, 1), -float("inf"), ACC)
     sum_mix = tl.zeros((ROWS, 1), ACC)
-    for start in range(0, CLASSES, TILE):
+    for start in tl.range(0, CLASSES, TILE, num_stages=3):
         s_tile = s if ONE_TILE else _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
         gs, target = s_tile, s_tile
         if CE:
@@ -273,10 +243,9 @@ def rowwise_kernel(
         if KD:
             t_tile = t if ONE_TILE else _load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
             us, ut, dz = _centred(s_tile, t_tile, top_s, top_t, inv_s, inv_t, SAME)
-            value, gs, gt = _pair_terms(
-                us, ut, dz, delta, log_s, log_t, inv_sum_s, inv_sum_t, KIND, FORM, ALPHA, BETA,
-                SWAPPED, SWAPPED_ALPHA, SWAPPED_BETA, STUDENT_ALONE, TEACHER_ALONE,
-            )  # fmt: skip
+            value, gs, gt, _, _ = terms(
+                us, ut, dz, delta, log_s, log_t, inv_sum_s, inv_sum_t, KIND, ALPHA, BETA
+            )
             values += value
             if STUDENT_SIDE and not SUMLESS:
                 own_s += gs
@@ -323,9 +292,9 @@ def rowwise_kernel(
     tau_s_sum = tl.zeros((ROWS, 1), ACC)
     tau_t_sum = tl.zeros((ROWS, 1), ACC)
     if (STUDENT_SIDE or TEACHER_SIDE) and not MERGED:
-        mean_s, mean_t = _sum(own_s) * inv_sum_s, _sum(own_t) * inv_sum_t
+        sum_gs, sum_gt = _sum(own_s), _sum(own_t)
         t_factor = kd * scale * inv_t * (out if not HALF_T else tl.full((1, 1), HALF_BOOST, ACC))
-        for start in range(0, CLASSES, TILE):
+        for start in tl.range(0, CLASSES, TILE, num_stages=3):
             s_tile, t_tile = s, t
             if not ONE_TILE:
                 s_tile = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
@@ -334,12 +303,10 @@ def rowwise_kernel(
             if RENYI:
                 gu, gv = renyi_gradients(us - log_s, ut - log_t, dz - delta, log_sum, ALPHA)
             else:
-                _, gs, gt = _pair_terms(
-                    us, ut, dz, delta, log_s, log_t, inv_sum_s, inv_sum_t, KIND, FORM, ALPHA, BETA,
-                    SWAPPED, SWAPPED_ALPHA, SWAPPED_BETA, STUDENT_ALONE, TEACHER_ALONE,
-                )  # fmt: skip
-                gu = gs if SUMLESS else gs - tl.exp(us) * mean_s
-                gv = gt - tl.exp(ut) * mean_t
+                _, gs, gt, ps, pt = terms(
+                    us, ut, dz, delta, log_s, log_t, inv_sum_s, inv_sum_t, KIND, ALPHA, BETA
+                )
+                gu, gv = gs if SUMLESS else gs - ps * sum_gs, gt - pt * sum_gt
             if GRAD_TAU_S:
                 tau_s_sum += _sum(tl.where(us == -float("inf"), 0.0, gu * us))
             if GRAD_TAU_T:
@@ -359,7 +326,7 @@ def rowwise_kernel(
                 t_grad = grad_teacher + row.to(tl.int64) * CLASSES
                 _store(t_grad, start, grad, inside, CLASSES, TILE)
     elif grad_teacher is not None:
-        for start in range(0, CLASSES, TILE):  # no divergence, no gradient
+        for start in tl.range(0, CLASSES, TILE, num_stages=3):  # no divergence, no gradient
             t_grad = grad_teacher + row.to(tl.int64) * CLASSES
             _store(t_grad, start, tl.zeros((ROWS, TILE), ACC), inside, CLASSES, TILE)
 
