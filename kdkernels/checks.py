@@ -12,6 +12,10 @@ import os
 
 import torch
 
+from kdkernels.scalars import choice, number
+
+__all__ = ["choice", "inplace", "labels", "logits", "number", "per_row", "temperature"]
+
 CHECK_DEVICE_VALUES = os.environ.get("KDKERNELS_CHECK", "0") == "1"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -55,23 +59,6 @@ def logits(name: str, student, teacher) -> None:
             f"{name}: student must have shape (..., C) with C >= 1, got {tuple(student.shape)}."
         )
     _same_device(name, "teacher", teacher, student)
-
-
-def number(name: str, argument: str, value, low: float = -math.inf, high: float = math.inf):
-    """A finite Python number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}.")
-    if not (math.isfinite(value) and low <= value <= high):
-        expected = "finite" if low == -high == -math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name}: {argument} must be {expected}, got {value}.")
-    return float(value)
-
-
-def choice(name: str, argument: str, value, allowed: tuple[str, ...]) -> str:
-    """One of the allowed strings."""
-    if value not in allowed:
-        raise ValueError(f"{name}: {argument} must be one of {', '.join(allowed)}, got {value!r}.")
-    return value
 
 
 def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype):
@@ -161,4 +148,6 @@ def inplace(name: str, student: torch.Tensor) -> None:
     if not student.is_contiguous() and any(
         s == 0 and n > 1 for s, n in zip(student.stride(), student.shape, strict=True)
     ):
-        raise ValueError(f"{name}: inplace=True needs student logits that do not overlap in memory.")
+        raise ValueError(
+            f"{name}: inplace=True needs student logits that do not overlap in memory."
+        )

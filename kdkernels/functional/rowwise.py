@@ -38,11 +38,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdkernels import backends, checks, ops, reference
+from kdkernels import backends, checks, divergences, ops, reference
 
-_SCALES = ("t2", "none")
-_KINDS = ops.rowwise.KINDS
-_REDUCTIONS = ops.rowwise.REDUCTIONS
 # Suites whose KL is the paper's up to `scale` and `reduction`, and suites that leave out the
 # teacher's entropy (the student's gradient is the same).
 _KL_COMPAT = ("paper", "mdistiller", "repdistiller", "torchdistill", "mmrazor", "trl", "distillkit")
@@ -219,7 +216,7 @@ def divergence(
     range: skew in [0, 1], renyi > 0, ab with alpha, beta and their sum non-zero. The rest as in
     :mod:`kdkernels.functional.rowwise`.
     """
-    kernel_kind, alpha, beta, weight = _resolve("divergence", kind, alpha, beta)
+    kernel_kind, alpha, beta, weight = divergences.resolve("divergence", kind, alpha, beta)
     return _rowwise(
         "divergence", kernel_kind, student, teacher, labels, temperature, teacher_temperature,
         scale, reduction, mask, ignore_index, row_weight, inplace, backend, alpha=alpha, beta=beta,
@@ -290,54 +287,6 @@ def kd_loss(
     )  # fmt: skip
 
 
-# Default alpha and beta of each kind that takes them.
-_PARAMETERS = {
-    "js": (None, 0.5),
-    "skew_forward": (0.1, None),
-    "skew_reverse": (0.1, None),
-    "alpha": (0.5, None),
-    "renyi": (0.5, None),
-    "ab": (0.2, 0.7),
-}
-DIVERGENCES = (
-    "forward_kl", "reverse_kl", "js", "tv", "skew_forward", "skew_reverse", "jeffreys", "alpha",
-    "renyi", "hellinger", "chi2", "ab",
-)  # fmt: skip
-
-
-def _resolve(name: str, kind: str, alpha, beta) -> tuple[str, float, float, float]:
-    """The kernel's kind, parameters and weight: limits and special cases share kernels."""
-    checks.choice(name, "kind", kind, DIVERGENCES)
-    values = []
-    for argument, value, default in zip(
-        ("alpha", "beta"), (alpha, beta), _PARAMETERS.get(kind, (None, None)), strict=True
-    ):
-        if default is None and value is not None:
-            raise ValueError(f"{name}: kind={kind!r} takes no {argument}, got {value}.")
-        values.append(checks.number(name, argument, default or 0.0 if value is None else value))
-    alpha, beta = values
-    if kind == "js":
-        checks.number(name, "beta", beta, 0.0, 1.0)
-        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, kind), alpha, beta, 1.0
-    if kind in ("skew_forward", "skew_reverse"):
-        checks.number(name, "alpha", alpha, 0.0, 1.0)
-    elif kind == "hellinger":
-        return "ab", 0.5, 0.5, 0.25
-    elif kind == "chi2":
-        return "ab", 2.0, -1.0, 2.0
-    elif kind in ("alpha", "renyi"):
-        if kind == "renyi" and alpha <= 0:
-            raise ValueError(f"{name}: alpha must be positive for kind='renyi', got {alpha}.")
-        kind = {1.0: "forward_kl", 0.0: "reverse_kl"}.get(alpha, "ab" if kind == "alpha" else kind)
-        return kind, alpha, 1.0 - alpha, 1.0
-    elif kind == "ab" and (alpha == 0 or beta == 0 or alpha + beta == 0):
-        raise ValueError(
-            f"{name}: alpha, beta and alpha + beta must be non-zero for kind='ab', "
-            f"got alpha={alpha}, beta={beta}."
-        )
-    return kind, alpha, beta, 1.0
-
-
 def _rowwise(
     name, kind, student, teacher, labels, temperature, teacher_temperature, scale, reduction,
     mask, ignore_index, row_weight, inplace, backend, *, alpha=0.0, beta=0.0, kd_weight=1.0,
@@ -345,8 +294,8 @@ def _rowwise(
 ) -> Tensor:  # fmt: skip
     """Validate, choose the backend, call."""
     checks.logits(name, student, teacher)
-    checks.choice(name, "scale", scale, _SCALES)
-    checks.choice(name, "reduction", reduction, _REDUCTIONS)
+    checks.choice(name, "scale", scale, divergences.SCALES)
+    checks.choice(name, "reduction", reduction, divergences.REDUCTIONS)
     dtype = ops.rowwise.compute_dtype(student, teacher)
     value, tensor = checks.temperature(name, "temperature", temperature, student, dtype)
     if teacher_temperature is None:
@@ -359,8 +308,8 @@ def _rowwise(
     mask = checks.per_row(name, "mask", mask, student, None)
     row_weight = checks.per_row(name, "row_weight", row_weight, student, dtype)
     spec = ops.rowwise.Spec(
-        value, teacher_value, _KINDS.index(kind), alpha, beta, kd_weight, ce_weight,
-        label_smoothing, ignore_index, scale == "t2", _REDUCTIONS.index(reduction),
+        value, teacher_value, divergences.KINDS.index(kind), alpha, beta, kd_weight, ce_weight,
+        label_smoothing, ignore_index, scale == "t2", divergences.REDUCTIONS.index(reduction),
     )  # fmt: skip
     if inplace:
         checks.inplace(name, student)

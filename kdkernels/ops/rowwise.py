@@ -20,21 +20,6 @@ from kdkernels.ops.autograd import (
     scaled,
 )
 
-# The order is the `Kind` enumeration of csrc/kd/rowwise.h.
-KINDS = (
-    "forward_kl",
-    "reverse_kl",
-    "js",
-    "tv",
-    "skew_forward",
-    "skew_reverse",
-    "jeffreys",
-    "ab",
-    "renyi",
-    "cross_entropy",
-)
-REDUCTIONS = ("none", "sum", "batchmean", "mean")
-
 GRAD_STUDENT, GRAD_TEACHER, GRAD_ROWS = 1, 2, 4
 
 # Saved fp16 gradients are per row, times this: a gradient already divided by the number of rows

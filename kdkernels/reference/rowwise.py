@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from kdkernels.ops.rowwise import KINDS, REDUCTIONS, Spec, compute_dtype
+from kdkernels.divergences import KINDS, REDUCTIONS
+from kdkernels.ops.rowwise import Spec, compute_dtype
 
 # Beyond this log-ratio a row is not close, and its log-normalisers are subtracted plainly.
 _WIDE = 30.0
@@ -199,6 +200,12 @@ def _divergence(kind: str, s: _Softmax, t: _Softmax, dz: Tensor, alpha: float, b
 
     swapped = _swap(kind, alpha, beta)
     student_larger = d <= 0
+    overflow = torch.zeros_like(on)
+    if kind == "ab" and min(alpha, beta) < 0:
+        # A ratio of probabilities to a negative power that no number holds.
+        steepness = torch.where(student_larger, max(-alpha, -power), max(-beta, -power))
+        overflow = on & (d.abs() * steepness > math.log(torch.finfo(d.dtype).max))
+        d = torch.where(overflow, zero, d)
     down, up = torch.where(student_larger, d, zero), torch.where(student_larger, zero, -d)
     value = torch.where(
         student_larger,
@@ -206,7 +213,7 @@ def _divergence(kind: str, s: _Softmax, t: _Softmax, dz: Tensor, alpha: float, b
         weight(t) * _GENERATORS[swapped[0]](torch.expm1(up), up, *swapped[1:]),
     )
     rows = torch.where(on, value, zero).sum(-1)
-    infinite = torch.zeros_like(rows, dtype=torch.bool)
+    infinite = overflow.any(-1)
     for side, alone, limit in (
         (s, one_sided & t.off, _at_zero(kind, alpha, beta)),
         (t, one_sided & s.off, _at_zero(*swapped)),

@@ -9,12 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
+from kdkernels.divergences import KINDS, REDUCTIONS
 from kdkernels.ops.rowwise import (
     GRAD_ROWS,
     GRAD_STUDENT,
     GRAD_TEACHER,
-    KINDS,
-    REDUCTIONS,
     Spec,
     compute_dtype,
 )

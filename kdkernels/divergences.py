@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rowwise family's divergences by name: which there are, their parameters, their kernels."""
+
+from __future__ import annotations
+
+from kdkernels.scalars import choice, number
+
+# The order is the `Kind` enumeration of csrc/kd/rowwise.h.
+KINDS = (
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "tv",
+    "skew_forward",
+    "skew_reverse",
+    "jeffreys",
+    "ab",
+    "renyi",
+    "cross_entropy",
+)
+REDUCTIONS = ("none", "sum", "batchmean", "mean")
+SCALES = ("t2", "none")
+
+# Default alpha and beta of each kind that takes them.
+_PARAMETERS = {
+    "js": (None, 0.5),
+    "skew_forward": (0.1, None),
+    "skew_reverse": (0.1, None),
+    "alpha": (0.5, None),
+    "renyi": (0.5, None),
+    "ab": (0.2, 0.7),
+}
+DIVERGENCES = (
+    "forward_kl", "reverse_kl", "js", "tv", "skew_forward", "skew_reverse", "jeffreys", "alpha",
+    "renyi", "hellinger", "chi2", "ab",
+)  # fmt: skip
+
+
+def resolve(name: str, kind: str, alpha, beta) -> tuple[str, float, float, float]:
+    """The kernel's kind, parameters and weight: limits and special cases share kernels."""
+    choice(name, "kind", kind, DIVERGENCES)
+    values = []
+    for argument, value, default in zip(
+        ("alpha", "beta"), (alpha, beta), _PARAMETERS.get(kind, (None, None)), strict=True
+    ):
+        if default is None and value is not None:
+            raise ValueError(f"{name}: kind={kind!r} takes no {argument}, got {value}.")
+        values.append(number(name, argument, default or 0.0 if value is None else value))
+    alpha, beta = values
+    if kind == "js":
+        number(name, "beta", beta, 0.0, 1.0)
+        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, kind), alpha, beta, 1.0
+    if kind in ("skew_forward", "skew_reverse"):
+        number(name, "alpha", alpha, 0.0, 1.0)
+    elif kind == "hellinger":
+        return "ab", 0.5, 0.5, 0.25
+    elif kind == "chi2":
+        return "ab", 2.0, -1.0, 2.0
+    elif kind in ("alpha", "renyi"):
+        if kind == "renyi" and alpha <= 0:
+            raise ValueError(f"{name}: alpha must be positive for kind='renyi', got {alpha}.")
+        kind = {1.0: "forward_kl", 0.0: "reverse_kl"}.get(alpha, "ab" if kind == "alpha" else kind)
+        return kind, alpha, 1.0 - alpha, 1.0
+    elif kind == "ab" and (alpha == 0 or beta == 0 or alpha + beta == 0):
+        raise ValueError(
+            f"{name}: alpha, beta and alpha + beta must be non-zero for kind='ab', "
+            f"got alpha={alpha}, beta={beta}."
+        )
+    return kind, alpha, beta, 1.0
