@@ -9,14 +9,13 @@ seed counts, however it falls.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from kdkernels.train import Config, report, run
+from kdkernels.train import Config, checkpoint, report, run
 from kdkernels.train.metrics import summarise
 
 SEEDS = (0, 1, 2)
@@ -31,7 +30,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    """Train the teacher and nine students; print a table, write curves."""
+    """Train the teacher and nine students; print a table, draw a plot."""
     started = time.perf_counter()
     # Images of 8x8 pixels leave threads nothing to share but waiting for each other.
     torch.set_num_threads(1)
@@ -42,6 +41,7 @@ def main() -> None:
     teacher = train(out / "teacher", method="ce", student=TEACHER)
     say(f"  test accuracy {100 * teacher['test']['accuracy']:.2f} %")
 
+    weights = str(out / "teacher" / "seed-0" / "model.safetensors")
     runs = {name: [] for name in VARIANTS}
     folders = {name: [] for name in VARIANTS}
     for seed in SEEDS:
@@ -49,13 +49,12 @@ def main() -> None:
         for name, variant in VARIANTS.items():
             say(f"Student: {STUDENT}, {name}, seed {seed}")
             folder = out / name.replace(", ", "-") / str(seed)
-            checkpoint = str(out / "teacher" / "seed-0" / "model.safetensors")
             settings = variant | {"student": STUDENT, "seed": (seed,)}
-            runs[name].append(train(folder, teacher_checkpoint=checkpoint, **settings))
+            runs[name].append(train(folder, teacher_checkpoint=weights, **settings))
             folders[name].append(folder / f"seed-{seed}")
 
     summaries = {name: summarise(results) for name, results in runs.items()}
-    report.plot_curves(out / "curves.png", folders)
+    report.plot(out / "curves.png", folders)
     say(report.table(f"Students ({STUDENT}) on digits, mean ± deviation of 3 seeds", summaries))
     ratio = statistics.median(
         reference["loss_ms"] / fused["loss_ms"]
@@ -69,14 +68,13 @@ def main() -> None:
         f"The fused loss, forward and backward, is {ratio:.1f} times as fast as the plain-torch "
         f"reference at 32x10.\nIn the first epoch the two differ by {apart:.0e}; later steps blow "
         f"such rounding up to differences like those between seeds.\n"
-        f"Curves: {out / 'curves.png'}; all took {time.perf_counter() - started:.0f} s."
+        f"Plot: {out / 'curves.png'}; all took {time.perf_counter() - started:.0f} s."
     )
 
 
 def first_loss(folder: Path) -> float:
     """Mean training loss of a run's first epoch."""
-    with (folder / "log.jsonl").open() as log:
-        return json.loads(log.readline())["train"]["loss"]
+    return checkpoint.read_lines(folder / "log.jsonl")[0]["train"]["loss"]
 
 
 def train(out: Path, **settings) -> dict:

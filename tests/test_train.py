@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from kdkernels.train import Config, DivergedError, InputError, checkpoint, run
 from kdkernels.train.cli import main
+from kdkernels.train.clock import StepClock
 from kdkernels.train.data import Batch
 from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import METHODS, Output
@@ -100,10 +102,10 @@ def test_bad_method_options_are_refused(options):
 
 
 def test_calibration_error_by_hand():
-    # Two samples at confidence .8 of which one is right, one at .6 and wrong: (2 x .3 + .6) / 3.
+    # Two at confidence .8, one of them right; one at .6 and right: (2 x |.5 - .8| + |1 - .6|) / 3.
     probabilities = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.4, 0.6]])
-    error = calibration_error(probabilities.log(), torch.tensor([0, 1, 0]))
-    assert error == pytest.approx((2 * 0.3 + 0.6) / 3)
+    error = calibration_error(probabilities.log(), torch.tensor([0, 1, 1]))
+    assert error == pytest.approx((2 * 0.3 + 0.4) / 3)
 
 
 def test_calibration_error_is_zero_when_confidence_is_accuracy():
@@ -126,6 +128,35 @@ def test_metrics_by_hand():
 def test_summary_is_mean_and_sample_deviation():
     summary = summarise([{"a": {"b": 1.0}, "name": "x"}, {"a": {"b": 3.0}, "name": "y"}])
     assert summary == {"a.b": {"mean": 2.0, "std": pytest.approx(2**0.5)}}
+
+
+class Sleepy(torch.autograd.Function):
+    """Takes its time forward and backward."""
+
+    @staticmethod
+    def forward(ctx, value, forward_seconds, backward_seconds):
+        time.sleep(forward_seconds)
+        ctx.backward_seconds = backward_seconds
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(ctx.backward_seconds)
+        return gradient, None, None
+
+
+def test_the_clock_counts_the_losss_forward_and_backward_only():
+    clock = StepClock(torch.device("cpu"))
+    for _ in range(2):
+        clock.mark()
+        logits = Sleepy.apply(torch.ones(3, requires_grad=True), 0.04, 0.05)
+        clock.loss_starts(logits)
+        Sleepy.apply(logits, 0.01, 0.02).sum().backward()
+        clock.mark()
+    step, loss = clock.read()
+    assert loss == pytest.approx(2 * 0.03, abs=0.03)
+    assert step == pytest.approx(2 * 0.12, abs=0.06)
+    assert clock.read() == (0, 0)
 
 
 @pytest.fixture(scope="module")

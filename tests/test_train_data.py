@@ -56,6 +56,16 @@ def test_an_epoch_has_each_image_once_and_batches_depend_on_the_step_alone(tmp_p
     assert not torch.equal(batches(2 + batches.per_epoch).images, epoch[2].images)
 
 
+def test_augmentation_is_applied_as_asked(tmp_path):
+    data = load("digits", tmp_path)
+
+    def batch(augment):
+        return Batches(data, batch_size=64, augment=augment, seed=1, device="cpu")(0).images
+
+    assert torch.equal(batch("auto"), batch("crop"))
+    assert len({batch(augment).sum().item() for augment in ("none", "crop", "crop-flip")}) == 3
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmented_images_are_shifts_and_mirrors(flip):
     images = torch.randint(1, 256, (64, 16, 16, 2), dtype=torch.uint8)

@@ -84,6 +84,24 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_the_best_epoch_is_exported_and_tested(tmp_path):
+    out = tmp_path / "run"
+    assert main([*ARGUMENTS, "--max-steps", "3", "--out", str(out)]) == 0
+    path = out / "seed-7" / "checkpoint.pt"
+    state = checkpoint.load_state(path)
+    for value in state["state"]["best"]["weights"].values():
+        value.zero_()
+    checkpoint.save_state(path, state)
+    (out / "seed-7" / "results.json").unlink()
+    assert main([*ARGUMENTS, "--max-steps", "3", "--out", str(out), "--resume"]) == 0
+    _, model = checkpoint.load_model(out / "seed-7" / "model.safetensors", (8, 8, 1), 10)
+    assert not any(value.any() for value in model.state_dict().values())
+    # Every logit 0 is class 0 with a confidence of a tenth, and a tenth of the digits are zeros.
+    test = checkpoint.read_json(out / "seed-7" / "results.json")["test"]
+    assert test["accuracy"] == pytest.approx(0.1, abs=0.01)
+    assert test["ece"] < 0.01
+
+
 def test_resuming_needs_a_run(tmp_path, capsys):
     assert main([*ARGUMENTS, "--out", str(tmp_path / "none"), "--resume"]) == 1
     assert "no run to go on with" in capsys.readouterr().err

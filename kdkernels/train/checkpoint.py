@@ -42,6 +42,11 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON Lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; a missing or damaged file is named."""
     try:

@@ -77,7 +77,7 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     folders = {config.method: [out / f"seed-{seed}" for seed in config.seed]}
     if config.teacher:
         folders["teacher"] = [out / "teacher"]
-    report.plot_curves(out / "curves.png", folders)
+    report.plot(out / "curves.png", folders)
     return results
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a run: a progress bar, a table, curves."""
+"""What a person sees of a run: a progress bar, a table, a plot."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,18 +68,27 @@ def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     return shown
 
 
-def plot_curves(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:
-    """Validation accuracy and training loss by epoch: a colour for each name, a line per run."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def plot(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:
+    """Validation accuracy, training loss and the loss's cost for each name.
+
+    Lines are means over a name's run folders, bands reach from the least to the greatest.
+    """
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    accuracies, losses, costs = figure.subplots(1, 3)
     for index, (name, folders) in enumerate(runs.items()):
-        for folder in folders:
-            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            epochs = [record["epoch"] for record in log]
-            style = {"color": f"C{index}", "label": name if folder == folders[0] else None}
-            left.plot(epochs, [100 * record["val"]["accuracy"] for record in log], **style)
-            right.plot(epochs, [record["train"]["loss"] for record in log], **style)
-    left.set(xlabel="epoch", ylabel="validation accuracy, %")
-    right.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    left.legend()
+        logs = [checkpoint.read_lines(folder / "log.jsonl") for folder in folders]
+        epochs = [record["epoch"] for record in logs[0]]
+        for axes, values in (
+            (accuracies, [[100 * record["val"]["accuracy"] for record in log] for log in logs]),
+            (losses, [[record["train"]["loss"] for record in log] for log in logs]),
+        ):
+            axes.plot(epochs, np.mean(values, 0), color=f"C{index}", label=name)
+            band = np.min(values, 0), np.max(values, 0)
+            axes.fill_between(epochs, *band, color=f"C{index}", alpha=0.2)
+        cost = [np.median([record["loss_ms"] for record in log]) for log in logs]
+        costs.bar(name, np.mean(cost), color=f"C{index}")
+    accuracies.set(xlabel="epoch", ylabel="validation accuracy, %")
+    accuracies.legend()
+    losses.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    costs.set(ylabel="loss forward and backward, ms a step")
     checkpoint.write(path, partial(figure.savefig, format="png", dpi=120))
