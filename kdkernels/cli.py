@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kdkernels info | check | bench | train``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+_COMMANDS = {
+    "info": "versions, build, devices, and which backend runs what",
+    "check": "compare every loss on this machine with the reference in fp64",
+    "bench": "time the losses against eager and torch.compile",
+    "train": "train a teacher and distill a student",
+}
+
+
+def _info(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("kdkernels info", description=_COMMANDS["info"])
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    arguments = parser.parse_args(argv)
+    from kdkernels import diagnostics
+
+    data = diagnostics.info()
+    print(json.dumps(data, indent=1) if arguments.json else diagnostics.format_info(data))
+    return 0
+
+
+def _check(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("kdkernels check", description=_COMMANDS["check"])
+    parser.add_argument("--device", help="cpu or cuda; the GPU if there is one by default")
+    arguments = parser.parse_args(argv)
+    from kdkernels import diagnostics
+
+    wrong = 0
+    for loss, by_backend in diagnostics.check(arguments.device).items():
+        states = [
+            f"{backend} {'ok' if not error else 'WRONG'}" for backend, error in by_backend.items()
+        ]
+        print(f"{loss:<26}{', '.join(states)}")
+        for backend, error in by_backend.items():
+            if error:
+                wrong += 1
+                print(f"  {backend}: {error}")
+    return 1 if wrong else 0
+
+
+def _bench(argv: list[str]) -> int:
+    from kdkernels.bench import main
+
+    return main(argv) or 0
+
+
+def _train(argv: list[str]) -> int:
+    try:
+        from kdkernels.train.cli import main
+    except ImportError as error:
+        print(
+            f"kdkernels train needs the train extra (pip install 'kdkernels[train]'): {error}",
+            file=sys.stderr,
+        )
+        return 1
+    return main(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        "kdkernels",
+        description="Fused, exact distillation losses for PyTorch.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n" + "\n".join(f"  {name:<7}{text}" for name, text in _COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=_COMMANDS, help="see below; each has its own --help")
+    arguments = parser.parse_args(argv[:1])
+    run = {"info": _info, "check": _check, "bench": _bench, "train": _train}[arguments.command]
+    return run(argv[1:])
