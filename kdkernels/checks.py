@@ -63,7 +63,7 @@ def logits(name: str, student, teacher) -> None:
 
 def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype):
     """Split a temperature into (number, None) or (1.0, flat tensor of one or N elements)."""
-    if type(value) in (float, int):
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name}: {argument} must be positive and finite, got {value}.")
         return float(value), None
@@ -79,10 +79,11 @@ def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: t
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: {argument} must be floating-point, got {value.dtype}.")
     _same_device(name, argument, value, student)
-    if _readable(value) and value.numel() and not bool(((value > 0) & value.isfinite()).all()):
-        raise ValueError(
-            f"{name}: {argument} must be positive and finite, got {value.detach().min().item()}."
-        )
+    if _readable(value) and value.numel():
+        good = (value > 0) & value.isfinite()
+        if not good.all():
+            bad = value.detach()[~good][0].item()
+            raise ValueError(f"{name}: {argument} must be positive and finite, got {bad}.")
     return 1.0, value.reshape(-1).to(dtype).contiguous()
 
 
