@@ -56,10 +56,10 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     for name in filter(None, (config.student, config.teacher)):
         build_model(name, data.shape, len(data.classes))
 
+    results = {"config": record, "environment": kdkernels.info()}
     out = Path(config.out or f"runs/{data.name}-{config.method}-{config.student}")
     claim(out, record, resume=config.resume)
 
-    results = {"config": record, "environment": kdkernels.info()}
     if config.teacher:
         teacher = trained_teacher(fabric, data, config, out / "teacher")
     teachers = []
