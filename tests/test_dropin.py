@@ -108,7 +108,7 @@ class TestTorch:
 
     def test_refuses_one_value_per_class(self, backend, device):
         student, teacher = logits(7, 30, device=device)
-        with pytest.raises(NotImplementedError, match="kl_div_from_logits|KLDivFromLogits"):
+        with pytest.raises(NotImplementedError, match=r"^KLDivFromLogits: reduction must be"):
             dropin.kl_div_from_logits(student, teacher, reduction="none")
         with pytest.raises(ValueError, match="must be one of none, mean, batchmean, sum"):
             dropin.kl_div_from_logits(student, teacher, reduction="average")

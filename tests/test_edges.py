@@ -200,7 +200,7 @@ def test_large_offsets_between_the_sides(backend, device):
 def problems(draw):
     """A loss with any small shape, layout, dtype and mixture of extremes."""
     loss = draw(st.sampled_from(sorted(set(LOSSES) - {"kd_loss"})))
-    shape = draw(st.lists(st.integers(1, 4), max_size=3)) + [draw(st.integers(1, 70))]
+    shape = [*draw(st.lists(st.integers(1, 4), max_size=3)), draw(st.integers(1, 70))]
     layout = draw(st.permutations(range(len(shape))))
     pad = draw(st.integers(0, 3))
     dtypes = draw(st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16, torch.float16])] * 2))
@@ -238,9 +238,9 @@ def test_any_problem(problem, backend, device):
     yardstick = loss(plain, backend="reference", **options)
 
     def check(actual, plain, exact, what):
-        # One small row at random: plain torch may be lucky, so it gets a wider margin.
+        # One small row at random, saturated or flat: plain torch may be lucky, and is no measure.
         ours, theirs = (relative_errors(x, exact)[0] for x in (actual, plain))
-        assert ours <= max(4 * theirs, 2 * torch.finfo(actual.dtype).eps, 1e-5), what
+        assert ours <= max(4 * theirs, 2 * torch.finfo(actual.dtype).eps, 3e-5), what
 
     small = oracle < 1e30  # chi2 leaves fp32's range before fp64's
     check(value[small], yardstick[small], oracle[small], "value")

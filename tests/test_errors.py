@@ -155,7 +155,7 @@ def test_bad_calls(name, case):
     if name == "kd_loss" and change.get("labels", valid) is None:
         change = change | {"labels": labels}
     where = "rowwise" if case == "backend" else name
-    with pytest.raises(error, match=f"^{where}: {message}"):
+    with pytest.raises(error, match=rf"^{where}: {message}"):
         getattr(kd, name)(**valid | FUNCTIONS[name] | change)
 
 
@@ -175,9 +175,9 @@ def test_bad_calls(name, case):
     ids=str,
 )
 def test_bad_divergences(arguments, message):
-    with pytest.raises(ValueError, match=f"^divergence: .*{message}"):
+    with pytest.raises(ValueError, match=rf"^divergence: .*{message}"):
         kd.divergence(S, S, **arguments)
-    with pytest.raises(ValueError, match=f"^divergence: .*{message}"):
+    with pytest.raises(ValueError, match=rf"^divergence: .*{message}"):
         modules.DivergenceLoss(**arguments)
 
 
@@ -196,20 +196,20 @@ def test_bad_divergences(arguments, message):
 )
 def test_bad_kd_loss(arguments, error, message):
     labels = torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(error, match=f"^kd_loss: .*{message}"):
+    with pytest.raises(error, match=rf"^kd_loss: .*{message}"):
         kd.kd_loss(S, S, **{"labels": labels} | arguments)
 
 
 def test_bad_modules():
-    with pytest.raises(TypeError, match="^KDLoss: .*'temprature'; expected .* temperature, alpha"):
+    with pytest.raises(TypeError, match=r"^KDLoss: .*'temprature'; expected .* temperature, alpha"):
         modules.KDLoss(temprature=4.0)
-    with pytest.raises(TypeError, match="^SoftKLDivLoss: too many positional arguments"):
+    with pytest.raises(TypeError, match=r"^SoftKLDivLoss: too many positional arguments"):
         modules.SoftKLDivLoss(4.0)
-    with pytest.raises(TypeError, match="^DivergenceLoss: .*'kind'"):
+    with pytest.raises(TypeError, match=r"^DivergenceLoss: .*'kind'"):
         modules.DivergenceLoss()
-    with pytest.raises(ValueError, match="^js_div: beta must be in"):
+    with pytest.raises(ValueError, match=r"^js_div: beta must be in"):
         modules.JSDivLoss(beta=2.0)
-    with pytest.raises(ValueError, match="^TVDistanceLoss: backend must be one of"):
+    with pytest.raises(ValueError, match=r"^TVDistanceLoss: backend must be one of"):
         modules.TVDistanceLoss(backend="metal")
 
 
@@ -249,7 +249,7 @@ def test_preference_is_used_where_it_can_be(prefer):
     assert backends.select("rowwise", "cpu", "auto") == best
     prefer("auto")
     assert backends.select("rowwise", "cpu", "auto") == best
-    with pytest.raises(ValueError, match="^set_backend: backend must be one of .* got 'metal'"):
+    with pytest.raises(ValueError, match=r"^set_backend: backend must be one of .* got 'metal'"):
         prefer("metal")
 
 
@@ -259,7 +259,7 @@ def test_fallback_warns_once(prefer, monkeypatch):
         backends, "verdict", lambda *_: backends.Verdict(False, "not built, says the test")
     )
     prefer("auto")
-    with pytest.warns(UserWarning, match="no fused rowwise kernel.*not built, says the test"):
+    with pytest.warns(UserWarning, match=r"no fused rowwise kernel.*not built, says the test"):
         kd.kl_div(S, S)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -285,5 +285,5 @@ def test_environment_sets_the_preference(monkeypatch):
     assert done.returncode == 0 and done.stdout.strip() == "reference", done.stderr
 
     monkeypatch.setattr(backends, "_preference", "metal")  # as if it had been in the environment
-    with pytest.raises(ValueError, match="^KDKERNELS_BACKEND: backend must be one of .* 'metal'"):
+    with pytest.raises(ValueError, match=r"^KDKERNELS_BACKEND: backend must be one of .* 'metal'"):
         backends.get_backend()

@@ -62,12 +62,15 @@ def _(x, h):
 
 @adapter("kd_ce", "torchdistill")
 def _(x, h):
-    weights = {"alpha": h.alpha}
-    if h.beta is not None:
-        weights = {"ce_weight": h.alpha, "kd_weight": h.beta}
+    options = {"reduction": _reduction(h), "compat": "torchdistill"}
+    if options["reduction"] == "mean":  # nn.KLDivLoss's, as in TAKD
+        options = {"compat": "takd"}
+    weights = {"ce_weight": h.alpha, "kd_weight": 1 - h.alpha if h.beta is None else h.beta}
+    if h.beta is None and options["compat"] == "torchdistill":
+        weights = {"alpha": h.alpha}
     return kd.kd_loss(
-        x.logits_student, x.logits_teacher, x.target, temperature=h.temperature,
-        reduction=_reduction(h), compat="torchdistill", **weights,
+        x.logits_student, x.logits_teacher, x.target, temperature=h.temperature, **options,
+        **weights,
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def test_mixed_dtypes(loss, student, teacher, backend, device):
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_scalar_temperatures(loss, shape, backend, device):
-    """A scalar's gradient is the sum over rows, and as exact as these."""
+    """A scalar's gradient is the sum over rows: terms of both signs, so exact to their size."""
     inputs = loss.inputs(5, 50, device=device)
     rows = {name: torch.full((5,), 2.0, dtype=torch.float64) for name in TEMPERATURES}
     rows = {name: x.to(device).requires_grad_() for name, x in rows.items()}
@@ -82,7 +82,7 @@ def test_scalar_temperatures(loss, shape, backend, device):
         for name, gradient in gradients(value, given).items():
             assert gradient.shape == shape
             error = (gradient.double().sum() - expected[name].sum()).abs()
-            assert error <= 2e-6 * expected[name].abs().sum(), name
+            assert error <= 5e-6 * expected[name].abs().sum(), name
 
     check(["temperature"], {"temperature": both})
     check(["temperature", "teacher_temperature"], wanted)
@@ -250,22 +250,24 @@ def test_no_gradient_is_recorded_where_none_is_needed(loss, backend, device):
 
 
 def _assert_survives_scaling(rows, classes, backend, device):
+    """fp16 under a GradScaler: gradients that underflow in fp16 until they are scaled."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (
-        torch.randn(rows, classes, generator=generator).to(device, torch.float16).requires_grad_(n)
-        for n in (True, False)
+        torch.randn(rows, classes, generator=generator).to(device, torch.float16) for _ in range(2)
     )
+    student.requires_grad_()
     scale = 2.0**16
     (kd.kl_div(student, teacher, backend=backend) * scale).backward()
-    wanted = torch.cat(
-        [
-            (s.double().softmax(-1) - t.double().softmax(-1)) * (scale / rows)
-            for s, t in zip(student.detach().split(256), teacher.split(256), strict=True)
-        ]
-    )
-    error = (student.grad.double() - wanted).norm() / wanted.norm()
-    assert error <= 5e-4
-    assert (student.grad == 0).double().mean() <= 1e-3
+    square_error = square = zeros = 0.0
+    for s, t, gradient in zip(
+        student.detach().split(256), teacher.split(256), student.grad.split(256), strict=True
+    ):
+        wanted = (s.double().softmax(-1) - t.double().softmax(-1)) * (scale / rows)
+        square_error += (gradient.double() - wanted).square().sum().item()
+        square += wanted.square().sum().item()
+        zeros += (gradient == 0).sum().item()
+    assert (square_error / square) ** 0.5 <= 5e-4
+    assert zeros <= 1e-3 * rows * classes
 
 
 def test_fp16_gradients_survive_scaling(backend, device):
@@ -273,8 +275,8 @@ def test_fp16_gradients_survive_scaling(backend, device):
 
 
 @pytest.mark.slow
-def test_fp16_gradients_survive_scaling_at_full_size(backend, device):
-    _assert_survives_scaling(8192, 32000, backend, device)
+def test_fp16_gradients_survive_scaling_at_full_size(kernel, device):
+    _assert_survives_scaling(8192, 32000, kernel, device)
 
 
 def _inplace_inputs(device):
@@ -310,7 +312,7 @@ def test_inplace_without_a_gradient_still_overwrites_nothing_else(inplace_kernel
 
 
 def test_inplace_allows_one_backward(inplace_kernel, device):
-    leaf, student, teacher = _inplace_inputs(device)
+    _, student, teacher = _inplace_inputs(device)
     value = kd.kl_div(student, teacher, inplace=True, backend=inplace_kernel)
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward"):
@@ -318,7 +320,7 @@ def test_inplace_allows_one_backward(inplace_kernel, device):
 
 
 def test_inplace_notices_later_writes(inplace_kernel, device):
-    leaf, student, teacher = _inplace_inputs(device)
+    _, student, teacher = _inplace_inputs(device)
     value = kd.kl_div(student, teacher, inplace=True, backend=inplace_kernel)
     student.detach().add_(1)
     with pytest.raises(RuntimeError, match="modified after"):

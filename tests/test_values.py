@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels.modules as modules
 from kdkernels import functional as kd
@@ -35,6 +36,31 @@ def test_reference_is_the_published_formula(loss):
     """The oracle against each loss as users write it, in float64 where both are exact."""
     inputs = loss.inputs(7, 50, dtype=torch.float64)
     close(loss(inputs, backend="reference"), loss.eager(**inputs, **loss.hyper), rel=1e-10)
+
+
+class _Count(TorchDispatchMode):
+    """Operators that touch data, and the largest tensor they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.largest = 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **kwargs or {})
+        self.operators += not operator.is_view
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize(("name", "forward"), [("kl_div", 10), ("kd_loss", 15)])
+def test_baselines_are_no_straw_men(name, forward):
+    """As many operators, and temporaries no larger, than the suites' own code at 512 x 1000."""
+    inputs = LOSSES[name].inputs(512, 1000, requires_grad=True)
+    with _Count() as count:
+        LOSSES[name].eager(**inputs, **LOSSES[name].hyper)
+    assert count.operators <= forward
+    assert count.largest == 512 * 1000 * 4
 
 
 @dtypes
