@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of ``kdkernels bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from kdkernels.bench import report
+from kdkernels.bench.contenders import BACKENDS
+from kdkernels.bench.run import DTYPES, HOST_SHAPE, NEAR_ZERO, Case, Settings, run
+from kdkernels.testing import LOSSES
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        "kdkernels bench",
+        description="Time forward and backward of the losses against their eager formulation and "
+        "torch.compile of it (and, on a GPU, other packages), all in turns in this process. "
+        "Ratios are to the better of the two; errors to the reference in fp64; bytes are those of "
+        "reading every input and writing the gradient once.",
+    )
+    add = result.add_argument
+    add("--losses", nargs="+", default=["kl_div", "kd_loss"], choices=[*LOSSES, "all"],
+        metavar="LOSS", help=f"'all', or of: {', '.join(LOSSES)}")  # fmt: skip
+    add("--shapes", nargs="+", metavar="SHAPE",
+        help="the loss's named shapes (default: all of them), or sizes such as 64x100")  # fmt: skip
+    add("--dtype", nargs="+", default=["fp32"], choices=DTYPES)
+    add("--backends", nargs="+", choices=BACKENDS, help="default: every kernel that runs here")
+    add("--upstream", nargs="+", type=float, default=[1.0], help="upstream gradients")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="of torch's CPU pool")
+    add("--seconds", type=float, default=0.5, help="per case and upstream gradient")
+    add("--repeats", type=int, default=7, help="rounds, at least")
+    add("--near-zero", nargs="*", default=[], choices=LOSSES, metavar="LOSS",
+        help="also the error of these divergences, in fp32, at values "
+        f"{', '.join(map(str, NEAR_ZERO))}")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    losses = list(LOSSES) if "all" in arguments.losses else arguments.losses
+    cases = [
+        Case(name, shape, dtype)
+        for name in losses
+        for shape in arguments.shapes or [*HOST_SHAPE, *LOSSES[name].shapes]
+        for dtype in arguments.dtype
+    ]
+    settings = Settings(
+        device=arguments.device,
+        backends=tuple(arguments.backends) if arguments.backends else None,
+        upstreams=tuple(arguments.upstream),
+        seconds=arguments.seconds,
+        rounds=arguments.repeats,
+    )
+    try:
+        for case in cases:
+            case.size()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    result = run(cases, settings, near_zero=arguments.near_zero, progress=report.show)
+    report.show_near_zero(result["near_zero"])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0

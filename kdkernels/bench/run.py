@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures cases and puts the numbers of each next to what they should be compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import kdkernels
+from kdkernels.bench import measure
+from kdkernels.bench.contenders import BACKENDS, BASELINES, PEERS, Call, contenders
+from kdkernels.testing import LOSSES, Loss
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# So small that nothing but the host's work per call is left.
+HOST_SHAPE = {"host_8x10": (8, 10)}
+NEAR_ZERO = (6e-3, 6e-5, 6e-7, 6e-9)
+
+
+class Case(NamedTuple):
+    loss: str
+    shape: str  # a name of the registry, "host_8x10", or sizes such as "64x100"
+    dtype: str = "fp32"
+
+    def size(self) -> tuple[int, ...]:
+        named = HOST_SHAPE | dict(LOSSES[self.loss].shapes)
+        if self.shape in named:
+            return named[self.shape]
+        try:
+            return tuple(int(size) for size in self.shape.split("x"))
+        except ValueError:
+            raise ValueError(
+                f"bench: shape must be one of {', '.join(named)}, or sizes such as 64x100; "
+                f"got {self.shape!r}."
+            ) from None
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: str = "cpu"
+    backends: tuple[str, ...] | None = None
+    upstreams: tuple[float, ...] = (1.0,)
+    seconds: float = 0.5  # per case and upstream gradient, all contenders together
+    rounds: int = 7  # at least, however long these take
+
+
+def run(
+    cases: Iterable[Case],
+    settings: Settings,
+    *,
+    near_zero: Iterable[str] = (),
+    progress: Callable[[dict], None] = lambda row: None,
+) -> dict:
+    """Rows for ``cases``, rows for the divergences in ``near_zero``, and the environment."""
+    result = {"environment": environment(settings), "rows": [], "near_zero": []}
+    for name in near_zero:
+        result["near_zero"] += _near_zero_rows(name, settings)
+    for case in cases:
+        for row in _rows(case, settings):
+            result["rows"].append(row)
+            progress(row)
+    return result
+
+
+def _near_zero_rows(name: str, settings: Settings) -> Iterator[dict]:
+    loss = dataclasses.replace(LOSSES[name], hyper=LOSSES[name].hyper | {"temperature": 1.0})
+    calls, _ = contenders(loss, torch.device(settings.device).type, settings.backends)
+    for target in NEAR_ZERO:
+        yield {"loss": name, **measure.near_zero_errors(calls, loss, target, settings.device)}
+
+
+def _rows(case: Case, settings: Settings) -> Iterator[dict]:
+    """One row per upstream gradient."""
+    loss, size, dtype, device = LOSSES[case.loss], case.size(), DTYPES[case.dtype], settings.device
+    device_type = torch.device(device).type
+    calls, skipped = contenders(loss, device_type, settings.backends)
+    oracle = measure.oracle(loss, size, dtype, device)
+    found = {}
+    for name in list(calls):
+        # One that fails, say for lack of memory or of a compiler, does not take the others along.
+        try:
+            found[name] = measure.errors(calls[name], *oracle)
+        except RuntimeError as error:
+            skipped[name] = measure.one_line(error)
+            del calls[name]
+    del oracle
+
+    def make(seed):
+        return measure.make_inputs(loss, size, dtype, device, seed)
+
+    for upstream in settings.upstreams:
+        inputs = make(0)
+        row = {
+            **case._asdict(),
+            "size": list(size),
+            "upstream": upstream,
+            "minimal_bytes": measure.minimal_bytes(inputs),
+            "gradient_bytes": inputs["student"].nbytes,
+        }
+        memory = {
+            name: _memory(loss, name, call, inputs, upstream, device)
+            for name, call in calls.items()
+        }
+        del inputs
+        times = measure.gpu_times if device_type == "cuda" else measure.cpu_times
+        timed = times(calls, make, upstream, settings.seconds, settings.rounds)
+        row["contenders"] = {
+            name: {**values, **found.get(name, {}), **memory.get(name, {})}
+            for name, values in timed.items()
+        }
+        row["skipped"] = skipped
+        compare(row)
+        yield row
+
+
+def _memory(loss: Loss, name: str, call: Call, inputs, upstream: float, device: str) -> dict:
+    step = measure.make_step(call, inputs, upstream)
+    step()
+    inputs["student"].grad = None
+    result = {"extra_bytes": measure.extra_bytes(step, device)}
+    inputs["student"].grad = None
+    if torch.device(device).type == "cpu" and sys.platform == "linux":
+        result["resident_bytes"] = measure.resident_bytes(step)
+        inputs["student"].grad = None
+    takes_inplace = "inplace" in inspect.signature(loss.function).parameters
+    if takes_inplace and name in BACKENDS and name != "reference":
+        leaf = inputs["student"]
+        given = {**inputs, **loss.hyper, "student": leaf.clone(), "backend": name, "inplace": True}
+        result["inplace_extra_bytes"] = measure.extra_bytes(
+            lambda: torch.autograd.grad(loss.function(**given), leaf), device
+        )
+    return result
+
+
+def compare(row: dict) -> None:
+    """Add to every contender its speed against the better baseline, the bus and a copy."""
+    by_name = row["contenders"]
+    baselines = [by_name[name]["seconds"] for name in BASELINES if name in by_name]
+    for values in by_name.values():
+        if baselines:
+            values["speedup"] = min(baselines) / values["seconds"]
+        values["gb_per_s"] = row["minimal_bytes"] / values["seconds"] / 1e9
+        values["share_of_copy"] = by_name["copy"]["seconds"] / values["seconds"]
+
+
+def environment(settings: Settings) -> dict:
+    """What the numbers depend on."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **_commit(),
+        "device": device_slug(settings.device),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "settings": dataclasses.asdict(settings),
+        "peers": {name: _version(name) for name in PEERS},
+        "info": kdkernels.info(),
+    }
+
+
+def device_slug(device: str) -> str:
+    """Short name of the device for file names: "cpu-2core-avx512", "nvidia-h100-80gb-hbm3"."""
+    if torch.device(device).type == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    isa = torch.backends.cpu.get_cpu_capability().lower()
+    return f"cpu-{len(os.sched_getaffinity(0))}core-{isa}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict:
+    """The commit of the sources, where they are a git checkout."""
+
+    def git(*arguments):
+        done = subprocess.run(
+            ["git", "-C", str(Path(kdkernels.__file__).parent), *arguments],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": None if changes is None else bool(changes),
+        }
+    except OSError:
+        return {"commit": None, "dirty": None}
