@@ -18,8 +18,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-# A program's tile by the row's width in 32-bit words, up to the first entry. Chosen from the
-# registers that ptxas reports (none may spill) and so that a warp's loads are 16 bytes a lane.
+# A program's tile by the number of classes, up to the first entry. Chosen from the registers that
+# ptxas and llc report (none may spill) and so that a lane's loads are 16 bytes.
 TILES = {
     16: Tile(64, 16, 4),
     32: Tile(32, 32, 4),
@@ -30,19 +30,28 @@ TILES = {
     1024: Tile(1, 1024, 4),
     2048: Tile(1, 2048, 8),
     4096: Tile(1, 4096, 16),
-    8192: Tile(1, 8192, 16),
 }
-# Wider rows are swept in tiles.
-SWEEP = Tile(1, 4096, 16)
+SWEEP = Tile(1, 2048, 8)  # of wider rows: a part of one
 
 
 def tile(classes: int, accumulator: torch.dtype) -> Tile:
     """The tile of a program: whole rows while they fit, else a part of one."""
     words = accumulator.itemsize // 4
     for width, choice in TILES.items():
-        if classes * words <= width:
-            return Tile(choice.rows, choice.classes // words, choice.warps)
-    return Tile(SWEEP.rows, SWEEP.classes // words, SWEEP.warps)
+        # 16 warps leave a thread 128 registers, which fp64 exceeds.
+        if classes * words <= width and choice.warps * words <= 16:
+            return choice._replace(classes=choice.classes // words)
+    return SWEEP._replace(classes=SWEEP.classes // words)
+
+
+def options(shape: Tile) -> dict:
+    """Compiler options of a launch.
+
+    Left alone, ptxas spills a few registers to fit one more block on a multiprocessor; told the
+    most there can be it does not. ROCm's compiler has no such option.
+    """
+    registers = {} if torch.version.hip else {"maxnreg": min(255, 65536 // (32 * shape.warps))}
+    return {"num_warps": shape.warps, **registers}
 
 
 class Layout(NamedTuple):

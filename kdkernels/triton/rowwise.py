@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdkernels import ops
 from kdkernels.divergences import KINDS, REDUCTIONS
+from kdkernels.divergences import KINDS, REDUCTIONS
 from kdkernels.ops.rowwise import (
     GRAD_ROWS,
     GRAD_STUDENT,
@@ -18,7 +19,7 @@ from kdkernels.ops.rowwise import (
     compute_dtype,
 )
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
-from kdkernels.triton.layout import common_unit, row_layout, tile
+from kdkernels.triton.layout import common_unit, options, row_layout, tile
 from kdkernels.triton.rowwise_kernel import rowwise_kernel
 
 
@@ -109,7 +110,7 @@ def arguments(
         "UNIT": unit,
         "ROWS": shape.rows,
         "TILE": shape.classes,
-        "num_warps": shape.warps,
+        **options(shape),
     }
 
 

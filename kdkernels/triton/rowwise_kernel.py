@@ -22,6 +22,8 @@ from kdkernels.triton.divergences import renyi_gradients, renyi_mixture, terms
 from kdkernels.triton.layout import row_start
 from kdkernels.triton.math import expm1_minus, log1p
 
+# Tiles in flight in a sweep: the next two are copied to shared memory while one is worked on.
+STAGES = tl.constexpr(3)
 HALF_BOOST = tl.constexpr(ops.HALF_BOOST)
 
 
@@ -192,7 +194,7 @@ def rowwise_kernel(
     es, et = tl.exp(us), tl.exp(ut)
     change = _change(es, et, dz)
     e1 = tl.exp(s - top_s)
-    for start in tl.range(TILE, CLASSES, TILE, num_stages=3):
+    for start in tl.range(TILE, CLASSES, TILE, num_stages=STAGES):
         s_tile = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
         t_tile = _load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE) if KD else s_tile
         old_s, old_t, centre = raw_s, raw_t, raw_t - raw_s
@@ -215,7 +217,7 @@ def rowwise_kernel(
     target_sum = tl.full((1, 1), 1.0, ACC)
     if CE and PROBABILITIES:
         totals = tl.zeros((ROWS, TILE), ACC)
-        for start in tl.range(0, CLASSES, TILE, num_stages=3):
+        for start in tl.range(0, CLASSES, TILE, num_stages=STAGES):
             totals += _target(l_row, label, start, live, smooth, True, ACC, CLASSES, TILE)
         target_sum = _sum(totals)
 
@@ -232,7 +234,7 @@ def rowwise_kernel(
     products = tl.zeros((ROWS, TILE), ACC)
     top_mix = tl.full((ROWS, 1), -float("inf"), ACC)
     sum_mix = tl.zeros((ROWS, 1), ACC)
-    for start in tl.range(0, CLASSES, TILE, num_stages=3):
+    for start in tl.range(0, CLASSES, TILE, num_stages=STAGES):
         s_tile = s if ONE_TILE else _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
         gs, target = s_tile, s_tile
         if CE:
@@ -294,7 +296,7 @@ def rowwise_kernel(
     if (STUDENT_SIDE or TEACHER_SIDE) and not MERGED:
         sum_gs, sum_gt = _sum(own_s), _sum(own_t)
         t_factor = kd * scale * inv_t * (out if not HALF_T else tl.full((1, 1), HALF_BOOST, ACC))
-        for start in tl.range(0, CLASSES, TILE, num_stages=3):
+        for start in tl.range(0, CLASSES, TILE, num_stages=STAGES):
             s_tile, t_tile = s, t
             if not ONE_TILE:
                 s_tile = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
@@ -326,7 +328,7 @@ def rowwise_kernel(
                 t_grad = grad_teacher + row.to(tl.int64) * CLASSES
                 _store(t_grad, start, grad, inside, CLASSES, TILE)
     elif grad_teacher is not None:
-        for start in tl.range(0, CLASSES, TILE, num_stages=3):  # no divergence, no gradient
+        for start in tl.range(0, CLASSES, TILE, num_stages=STAGES):  # no divergence, no gradient
             t_grad = grad_teacher + row.to(tl.int64) * CLASSES
             _store(t_grad, start, tl.zeros((ROWS, TILE), ACC), inside, CLASSES, TILE)
 

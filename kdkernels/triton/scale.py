@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
-from kdkernels.triton.layout import common_unit, row_layout, row_start, tile
+from kdkernels.triton.layout import common_unit, options, row_layout, row_start, tile
 
 # Enough programs to fill a device where rows are few and long.
 PROGRAMS = 1024
@@ -68,7 +68,7 @@ def arguments(grad: Tensor, upstream: Tensor, row_factor: Tensor | None) -> dict
         "UNIT": unit,
         "ROWS": shape.rows,
         "TILE": shape.classes,
-        "num_warps": shape.warps,
+        **options(shape),
     }
 
 
