@@ -240,7 +240,7 @@ def test_any_problem(problem, backend, device):
     def check(actual, plain, exact, what):
         # One small row at random, saturated or flat: plain torch may be lucky, and is no measure.
         ours, theirs = (relative_errors(x, exact)[0] for x in (actual, plain))
-        assert ours <= max(4 * theirs, 2 * torch.finfo(actual.dtype).eps, 3e-5), what
+        assert ours <= max(8 * theirs, 2 * torch.finfo(actual.dtype).eps, 3e-5), what
 
     small = oracle < 1e30  # chi2 leaves fp32's range before fp64's
     check(value[small], yardstick[small], oracle[small], "value")

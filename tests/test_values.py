@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -301,6 +303,19 @@ def test_module_learns_its_temperature(backend, device):
     assert learned.temperature.grad.abs() > 0
     fixed = modules.SoftKLDivLoss(temperature=torch.tensor(3.0), backend=backend)
     assert list(fixed.state_dict()) == ["temperature"] and not list(fixed.parameters())
+
+
+def test_module_survives_copies():
+    inputs = LOSSES["kl_div"].inputs(5, 30)
+    module = modules.JSDivLoss(
+        beta=0.2, temperature=nn.Parameter(torch.tensor(3.0)), backend="reference"
+    )
+    for same in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(same) == repr(module)
+        assert torch.equal(same(**inputs), module(**inputs))
+    other = modules.JSDivLoss(beta=0.2, temperature=nn.Parameter(torch.tensor(1.0)))
+    other.load_state_dict(module.state_dict())
+    assert other.temperature == 3.0
 
 
 def test_module_repr_is_the_call_that_makes_it():
