@@ -8,6 +8,6 @@ committed results.
 from __future__ import annotations
 
 from kdkernels.bench.cli import main
-from kdkernels.bench.run import DTYPES, Case, Settings, run
+from kdkernels.bench.rows import DTYPES, Case, Settings, run
 
 __all__ = ["DTYPES", "Case", "Settings", "main", "run"]

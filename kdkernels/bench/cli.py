@@ -12,7 +12,7 @@ import torch
 
 from kdkernels.bench import report
 from kdkernels.bench.contenders import BACKENDS
-from kdkernels.bench.run import DTYPES, HOST_SHAPE, NEAR_ZERO, Case, Settings, run
+from kdkernels.bench.rows import DTYPES, HOST_SHAPE, NEAR_ZERO, Case, Settings, run
 from kdkernels.testing import LOSSES
 
 
@@ -67,7 +67,12 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    result = run(cases, settings, near_zero=arguments.near_zero, progress=report.show)
+    result = run(
+        cases,
+        settings,
+        near_zero=arguments.near_zero,
+        progress=lambda result: report.show(result["rows"][-1]),
+    )
     report.show_near_zero(result["near_zero"])
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

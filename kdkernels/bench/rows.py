@@ -61,16 +61,19 @@ def run(
     settings: Settings,
     *,
     near_zero: Iterable[str] = (),
-    progress: Callable[[dict], None] = lambda row: None,
+    progress: Callable[[dict], None] = lambda result: None,
 ) -> dict:
-    """Rows for ``cases``, rows for the divergences in ``near_zero``, and the environment."""
+    """Rows for ``cases``, rows for the divergences in ``near_zero``, and the environment.
+
+    ``progress`` is called after each row with what there is so far, the newest row last.
+    """
     result = {"environment": environment(settings), "rows": [], "near_zero": []}
     for name in near_zero:
         result["near_zero"] += _near_zero_rows(name, settings)
     for case in cases:
         for row in _rows(case, settings):
             result["rows"].append(row)
-            progress(row)
+            progress(result)
     return result
 
 
@@ -84,45 +87,54 @@ def _near_zero_rows(name: str, settings: Settings) -> Iterator[dict]:
 def _rows(case: Case, settings: Settings) -> Iterator[dict]:
     """One row per upstream gradient."""
     loss, size, dtype, device = LOSSES[case.loss], case.size(), DTYPES[case.dtype], settings.device
-    device_type = torch.device(device).type
-    calls, skipped = contenders(loss, device_type, settings.backends)
-    oracle = measure.oracle(loss, size, dtype, device)
-    found = {}
-    for name in list(calls):
-        # One that fails, say for lack of memory or of a compiler, does not take the others along.
-        try:
-            found[name] = measure.errors(calls[name], *oracle)
-        except RuntimeError as error:
-            skipped[name] = measure.one_line(error)
-            del calls[name]
-    del oracle
+    calls, skipped = contenders(loss, torch.device(device).type, settings.backends)
 
     def make(seed):
         return measure.make_inputs(loss, size, dtype, device, seed)
 
+    def error(name, call):
+        return measure.errors(call, *oracle)
+
+    oracle = measure.oracle(loss, size, dtype, device)
+    errors = _each(calls, skipped, error)
+    oracle = None  # on a GPU the rest needs its room
     for upstream in settings.upstreams:
-        inputs = make(0)
-        row = {
-            **case._asdict(),
-            "size": list(size),
-            "upstream": upstream,
-            "minimal_bytes": measure.minimal_bytes(inputs),
-            "gradient_bytes": inputs["student"].nbytes,
-        }
-        memory = {
-            name: _memory(loss, name, call, inputs, upstream, device)
-            for name, call in calls.items()
-        }
-        del inputs
-        times = measure.gpu_times if device_type == "cuda" else measure.cpu_times
-        timed = times(calls, make, upstream, settings.seconds, settings.rounds)
-        row["contenders"] = {
-            name: {**values, **found.get(name, {}), **memory.get(name, {})}
-            for name, values in timed.items()
-        }
-        row["skipped"] = skipped
+        row = {**case._asdict(), "size": list(size), "upstream": upstream}
+        found = _measured(row, loss, calls, skipped, make, settings)
+        row["contenders"] = {name: {**found[name], **errors.get(name, {})} for name in found}
+        row["skipped"] = dict(skipped)
         compare(row)
         yield row
+
+
+def _each(calls: dict[str, Call], skipped: dict[str, str], what: Callable) -> dict[str, dict]:
+    """``what(name, call)`` for each; one that fails, say for memory, does not stop the others."""
+    found = {}
+    for name in list(calls):
+        try:
+            found[name] = what(name, calls[name])
+        except RuntimeError as error:
+            skipped[name] = measure.one_line(error)
+            del calls[name]
+    return found
+
+
+def _measured(row: dict, loss: Loss, calls, skipped, make, settings: Settings) -> dict[str, dict]:
+    """Memory and time by contender, and of a copy; adds the sizes of the inputs to ``row``."""
+    inputs = make(0)
+    row["minimal_bytes"] = measure.minimal_bytes(inputs)
+    row["gradient_bytes"] = inputs["student"].nbytes
+
+    def memory(name, call):
+        return _memory(loss, name, call, inputs, row["upstream"], settings.device)
+
+    found = _each(calls, skipped, memory)
+    inputs = None  # on a GPU the graphs need its room
+    times = {"cpu": measure.cpu_times, "cuda": measure.gpu_times}[
+        torch.device(settings.device).type
+    ]
+    timed = times(calls, make, row["upstream"], settings.seconds, settings.rounds)
+    return {name: {**values, **found.get(name, {})} for name, values in timed.items()}
 
 
 def _memory(loss: Loss, name: str, call: Call, inputs, upstream: float, device: str) -> dict:

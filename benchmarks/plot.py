@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws the committed results and writes README's tables from them.
+
+python benchmarks/plot.py           the plots, and README between its benchmark markers
+python benchmarks/plot.py --check   only whether README says what the results say
+
+The newest result of each device counts. Every case of a result is in the table, lost or won.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+
+BASELINES = ("eager", "compile")
+OURS = ("cpu", "triton", "cuda")
+COLOURS = {"eager": "#9aa5b1", "compile": "#5b6b7b", "liger-kernel": "#c08a3e"}
+OUR_COLOURS = {"cpu": "#1f7a5c", "triton": "#1f7a5c", "cuda": "#7fbf3f"}
+
+
+def newest() -> list[Path]:
+    """The newest result of each device."""
+    return [max(folder.glob("*.json")) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()]
+
+
+def pairs(result: dict) -> list[tuple[dict, dict]]:
+    """Each case's rows with upstream gradient 1 and 0.5."""
+    by_case: dict[tuple, dict] = {}
+    for row in result["rows"]:
+        by_case.setdefault((row["loss"], row["shape"], row["dtype"]), {})[row["upstream"]] = row
+    return [(rows[1.0], rows[0.5]) for rows in by_case.values()]
+
+
+def shape_name(row: dict) -> str:
+    size = "x".join(map(str, row["size"]))
+    return size if row["shape"] == size else f"{row['shape']} {size}"
+
+
+def milliseconds(row: dict, name: str) -> str:
+    if name not in row["contenders"]:
+        return "-"
+    value = row["contenders"][name]["seconds"] * 1e3
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def memory(row: dict, name: str) -> str:
+    if name not in row["contenders"]:
+        return "-"
+    return f"{row['contenders'][name]['extra_bytes'] / row['gradient_bytes']:.2f}"
+
+
+def table(result: dict) -> str:
+    """A line per case and backend of ours."""
+    present = {name for row in result["rows"] for name in row["contenders"]}
+    others = [n for n in (*BASELINES, "liger-kernel") if n in present]
+    ours = [n for n in OURS if n in present]
+    header = [
+        "loss", "shape", "dtype", *(f"{name}, ms" for name in others), "backend", "ms",
+        "x better of eager, compile", "same, upstream 0.5", "of a copy's speed",
+        "loss error, eager", "ours", "memory, eager", "ours",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for unit, half in pairs(result):
+        for name in ours:
+            line = _line(unit, half, name, others)
+            if line:
+                lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def _line(unit: dict, half: dict, name: str, others: list[str]) -> list[str] | None:
+    found = unit["contenders"].get(name)
+    if found is None:
+        return None
+    eager = unit["contenders"].get("eager")
+    speedups = [
+        f"{row['contenders'][name]['speedup']:.1f}" if "speedup" in row["contenders"][name] else "-"
+        for row in (unit, half)
+    ]
+    return [
+        f"`{unit['loss']}`",
+        shape_name(unit),
+        unit["dtype"],
+        *(milliseconds(unit, other) for other in others),
+        name,
+        milliseconds(unit, name),
+        *speedups,
+        f"{found['share_of_copy']:.0%}",
+        f"{eager['loss_error']:.0e}" if eager else "-",
+        f"{found['loss_error']:.0e}",
+        memory(unit, "eager"),
+        memory(unit, name),
+    ]
+
+
+def near_zero_table(result: dict) -> str:
+    names = list(result["near_zero"][0]["contenders"])
+    lines = [f"| loss | true value | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
+    for row in result["near_zero"]:
+        errors = [f"{row['contenders'][name]['worst_error']:.0e}" for name in names]
+        lines.append(f"| `{row['loss']}` | {row['true']:.0e} | {' | '.join(errors)} |")
+    return "\n".join(lines)
+
+
+def heading(result: dict) -> str:
+    environment = result["environment"]
+    info = environment["info"]
+    if environment["settings"]["device"] == "cpu":
+        where = f"{info['cpu']['model']}, {environment['threads']} threads, {info['cpu']['isa']}"
+    else:
+        where = info["gpus"][0]["name"]
+    modified = " (modified)" if environment["dirty"] else ""
+    commit = (environment["commit"] or "unknown")[:10] + modified
+    return f"{where}; torch {info['torch']}; {environment['date'][:10]}, commit {commit}"
+
+
+def block(paths: list[Path]) -> str:
+    """What stands between README's markers."""
+    parts = []
+    for path in paths:
+        result = json.loads(path.read_text())
+        plot = path.with_suffix(".svg").relative_to(ROOT).as_posix()
+        parts += [
+            f"**{heading(result)}**",
+            f"![speed against eager and torch.compile]({plot})",
+            table(result),
+            "Memory is the peak above the inputs, in sizes of the gradient. Worst relative error "
+            "of 64 single rows of 4096 classes, fp32, as the student comes close to the teacher:",
+            near_zero_table(result),
+        ]
+    return "\n\n".join(parts)
+
+
+def rewritten(readme: str, content: str) -> str:
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"README.md needs the markers {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n{content}\n{END}{tail}"
+
+
+def draw(path: Path) -> None:
+    """Speed of every contender over the better baseline, per case of each main loss."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "kdkernels"  # the same file from the same numbers
+    result = json.loads(path.read_text())
+    rows = [row for row in result["rows"] if row["upstream"] == 1]
+    losses = list(dict.fromkeys(row["loss"] for row in rows))
+    main = [x for x in losses if sum(row["loss"] == x for row in rows) > 1]
+    figure = Figure(figsize=(10, 3.2 * len(main)), layout="constrained")
+    for axes, loss in zip(figure.subplots(len(main), squeeze=False)[:, 0], main, strict=True):
+        cases = [row for row in rows if row["loss"] == loss]
+        names = [n for n in (*COLOURS, *OUR_COLOURS) if any(n in r["contenders"] for r in cases)]
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            at = [
+                (x, row["contenders"][name])
+                for x, row in enumerate(cases)
+                if "speedup" in row["contenders"].get(name, {})
+            ]
+            speed = [found["speedup"] for _, found in at]
+            spread = [
+                [s - s * f["seconds"] / f["p80"] for s, (_, f) in zip(speed, at, strict=True)],
+                [s * f["seconds"] / f["p20"] - s for s, (_, f) in zip(speed, at, strict=True)],
+            ]
+            axes.bar(
+                [x + (i - (len(names) - 1) / 2) * width for x, _ in at],
+                speed, width, yerr=spread, label=name, ecolor="#444444", error_kw={"lw": 0.8},
+                color=(COLOURS | OUR_COLOURS)[name],
+            )  # fmt: skip
+        axes.axhline(1, color="#444444", lw=0.8)
+        axes.set_xticks(
+            range(len(cases)), [f"{shape_name(r)}\n{r['dtype']}".replace(" ", "\n") for r in cases],
+            fontsize=8,
+        )  # fmt: skip
+        axes.set_title(f"{loss}, forward and backward", fontsize=10, loc="left")
+        axes.set_ylabel("x better of eager, compile")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README differs")
+    arguments = parser.parse_args()
+    paths = newest()
+    readme = README.read_text()
+    wanted = rewritten(readme, block(paths)) if paths else readme
+    if arguments.check:
+        if readme != wanted:
+            print("README.md does not show the results: run python benchmarks/plot.py")
+            return 1
+        return 0
+    for path in paths:
+        draw(path)
+    README.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
