@@ -1,25 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 // The divergences, per class: included by every kernel, inside its own namespace and after its
-// KD_FN, Pair, `expm1_pair` and `log1p_pair`. V is a float, a double or a vector of them.
+// KD_FN, `all`, `select`, `at_most`, `exp`, `exp_parts` and `log1p_parts`. V is a float, a double
+// or a vector of them.
 //
 // A divergence is sum p f(q / p), with p the probability under the base distribution and q under
-// the other. From d = log(q / p), `terms` gives f and the derivatives a = df/dp and
-// c = (q / p) df/dq, each up to a constant that the softmax cancels, and none with cancellation
-// where d is small. The base is the student and the other the teacher; a kernel may exchange them,
-// and use the `Swapped` divergence, so as to have d <= 0.
+// the other. `terms` gives p f, and the derivatives p df/dp and q df/dq, each up to a multiple of p
+// or q that the softmax cancels. Where p and q are near, nothing may cancel; where they are far,
+// nothing may depend on q / p, whose relative error grows with its logarithm. The base is the
+// student and the other the teacher; a kernel may exchange them and use the `Swapped` divergence,
+// so as to have q <= p.
 //
 // To add one: a struct here, its Kind in rowwise.h, its line in KD_DIVERGENCES.
 
-template <class V>
-struct Ratio {
-  V d, e, excess;             // log(q / p); q / p - 1; e - d
-  V finite_d, finite_excess;  // the same, with d bounded below: (1 + e) d is then 0 at q = 0
+template <class V, class M>
+struct Sides {
+  V p, q, gap;      // gap: q - p
+  V d, finite_d;    // log(q / p), and that bounded below: q finite_d is then 0 at q = 0
+  V e, p_excess;    // q / p - 1; p (e - d)
   V log_p;
+  M near;           // |d| is small
 };
 
 template <class V>
 struct Terms {
-  V value, a, c;
+  V value, base, other;  // p f, p df/dp, q df/dq
 };
 
 template <class S>
@@ -27,151 +31,142 @@ struct Shape {
   S alpha, beta;
 };
 
-// (1 + x) log(1 + x) - x, from log1p(x) and x - log1p(x).
-template <class V>
-KD_FN V entropy_gap(V x, const Pair<V>& log1p_x) {
-  return x * log1p_x.value - log1p_x.excess;
-}
-
-template <class V>
-KD_FN V entropy_gap(V x) {
-  return entropy_gap(x, log1p_pair(x));
-}
-
-struct ForwardKL;
-
-struct ReverseKL {  // sum p_s log(p_s / p_t)
-  using Swapped = ForwardKL;
-  static constexpr bool zero_teacher = false;  // finite where p_t = 0
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S>) {
-    return {r.excess, -r.d, r.e};
-  }
+struct Unchanged {  // divergences whose parameters mean the same with the arguments exchanged
   template <class S>
   static KD_FN Shape<S> swap(Shape<S> k) { return k; }
 };
 
-struct ForwardKL {  // sum p_t log(p_t / p_s)
+struct ForwardKL;
+
+struct ReverseKL : Unchanged {  // sum p_s log(p_s / p_t)
+  using Swapped = ForwardKL;
+  static constexpr bool zero_teacher = false;  // finite where p_t = 0
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S>) {
+    const V weighted = c.p * c.d;
+    return {select(c.near, c.p_excess, c.gap - weighted), -weighted, c.gap};
+  }
+};
+
+struct ForwardKL : Unchanged {  // sum p_t log(p_t / p_s)
   using Swapped = ReverseKL;
   static constexpr bool zero_teacher = true;
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S>) {
-    return {r.finite_d * r.e - r.finite_excess, -r.e, (S(1) + r.e) * r.finite_d};
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S>) {
+    const V weighted = c.q * c.finite_d;
+    return {select(c.near, c.gap * c.finite_d - c.p_excess, weighted - c.gap), -c.gap, weighted};
   }
-  template <class S>
-  static KD_FN Shape<S> swap(Shape<S> k) { return k; }
 };
 
 struct JS {  // beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = (1 - beta) p_s + beta p_t
   using Swapped = JS;
   static constexpr bool zero_teacher = true;
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S> k) {
-    const V x = k.beta * r.e;
-    const Pair<V> l = log1p_pair(x);
-    return {k.beta * (r.finite_d * r.e - r.finite_excess) - entropy_gap(x, l),
-            (k.beta - S(1)) * l.value, k.beta * (S(1) + r.e) * (r.finite_d - l.value)};
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S> k) {
+    const V x = k.beta * c.e, m = c.p + k.beta * c.gap;
+    const Log1p<V> l = log1p_parts(x);  // log(m / p)
+    const V near = k.beta * (c.gap * c.finite_d - c.p_excess) - c.p * (x * l.value - l.excess);
+    const V far = k.beta * (c.q * c.finite_d) - m * l.value;
+    return {select(c.near, near, far), (k.beta - S(1)) * (c.p * l.value),
+            k.beta * (c.q * (c.finite_d - l.value))};
   }
   template <class S>
   static KD_FN Shape<S> swap(Shape<S> k) { return {k.alpha, S(1) - k.beta}; }
 };
 
-struct TV {  // sum |p_t - p_s| / 2
+struct TV : Unchanged {  // sum |p_t - p_s| / 2
   using Swapped = TV;
   static constexpr bool zero_teacher = true;
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S>) {
-    const V zero = r.e * S(0), half = zero + S(0.5);
-    const V sign = select(r.e > zero, half, select(r.e < zero, -half, zero));
-    return {r.e * sign, -sign, (S(1) + r.e) * sign};
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S>) {
+    const V zero = all<V>(S(0)), half = all<V>(S(0.5));
+    const V sign = select(c.gap > zero, half, select(c.gap < zero, -half, zero));
+    return {c.gap * sign, -c.p * sign, c.q * sign};
   }
-  template <class S>
-  static KD_FN Shape<S> swap(Shape<S> k) { return k; }
 };
 
 struct SkewForward;
 
-struct SkewReverse {  // KL(p_s || alpha p_s + (1 - alpha) p_t)
+struct SkewReverse : Unchanged {  // KL(p_s || m), m = alpha p_s + (1 - alpha) p_t
   using Swapped = SkewForward;
   static constexpr bool zero_teacher = false;
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S> k) {
-    const V x = (S(1) - k.alpha) * r.e, shrink = x / (S(1) + x);
-    const Pair<V> l = log1p_pair(x);
-    return {l.excess, k.alpha * shrink - l.value, (S(1) + r.e) * (S(1) - k.alpha) * shrink};
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S> k) {
+    const S rest = S(1) - k.alpha;
+    const V x = rest * c.e, shrink = x / (S(1) + x);
+    const Log1p<V> l = log1p_parts(x);  // log(m / p)
+    const V weighted = c.p * l.value;
+    return {select(c.near, c.p * l.excess, rest * c.gap - weighted),
+            k.alpha * (c.p * shrink) - weighted, rest * (c.q * shrink)};
   }
-  template <class S>
-  static KD_FN Shape<S> swap(Shape<S> k) { return k; }
 };
 
-struct SkewForward {  // KL(p_t || alpha p_t + (1 - alpha) p_s)
+struct SkewForward : Unchanged {  // KL(p_t || m), m = alpha p_t + (1 - alpha) p_s
   using Swapped = SkewReverse;
   static constexpr bool zero_teacher = false;
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S> k) {
-    const V mixture = S(1) + k.alpha * r.e, x = (S(1) - k.alpha) * r.e / mixture;
-    const Pair<V> l = log1p_pair(x);
-    return {mixture * entropy_gap(x, l), -(S(1) - k.alpha) * x,
-            (S(1) + r.e) * (l.value - k.alpha * x)};
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S> k) {
+    const S rest = S(1) - k.alpha;
+    const V mixture = S(1) + k.alpha * c.e, x = rest * c.e / mixture;  // m / p; q / m - 1
+    const Log1p<V> l = log1p_parts(x);                                // log(q / m)
+    const V near = c.p * mixture * (x * l.value - l.excess);
+    const V far = c.q * l.value - rest * c.gap;
+    return {select(c.near, near, far), -rest * (c.p * x), c.q * (l.value - k.alpha * x)};
   }
-  template <class S>
-  static KD_FN Shape<S> swap(Shape<S> k) { return k; }
 };
 
-struct Jeffreys {  // KL(p_t || p_s) + KL(p_s || p_t)
+struct Jeffreys : Unchanged {  // KL(p_t || p_s) + KL(p_s || p_t)
   using Swapped = Jeffreys;
   static constexpr bool zero_teacher = false;
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S>) {
-    return {r.e * r.d, -r.e - r.d, (S(1) + r.e) * r.finite_d + r.e};
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S>) {
+    return {c.gap * c.d, -c.gap - c.p * c.d, c.q * c.finite_d + c.gap};
   }
-  template <class S>
-  static KD_FN Shape<S> swap(Shape<S> k) { return k; }
 };
 
 struct AB {  // -(p_t^alpha p_s^beta - alpha/gamma p_t^gamma - beta/gamma p_s^gamma) / (alpha beta)
   using Swapped = AB;
   static constexpr bool zero_teacher = false;
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S> k) {
-    const S gamma = k.alpha + k.beta;
-    const Pair<V> at_alpha = expm1_pair(k.alpha * r.d), at_gamma = expm1_pair(gamma * r.d);
-    Terms<V> t{(at_gamma.excess * (k.alpha / gamma) - at_alpha.excess) / (k.alpha * k.beta),
-               -at_alpha.value / k.alpha, (at_gamma.value - at_alpha.value) / k.beta};
-    if (gamma != S(1)) {
-      const V power = exp((gamma - S(1)) * r.log_p);
-      t = {t.value * power, t.a * power, t.c * power};
-    }
-    return t;
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S> k) {
+    const S gamma = k.alpha + k.beta, product = k.alpha * k.beta;
+    const bool plain = gamma == S(1);
+    const V log_q = c.log_p + c.d;
+    const V p = plain ? c.p : exp(gamma * c.log_p), q = plain ? c.q : exp(gamma * log_q);
+    // Far: the three powers. Near: p^gamma times the powers of q / p, less 1.
+    const V mixed = exp(k.alpha * log_q + k.beta * c.log_p);
+    const Exp<V> at_alpha = exp_parts(k.alpha * c.d), at_gamma = exp_parts(gamma * c.d);
+    const V near = p * (at_gamma.excess * (k.alpha / gamma) - at_alpha.excess);
+    const V far = k.alpha / gamma * q + k.beta / gamma * p - mixed;
+    const auto close = (c.d < all<V>(S(3))) & (c.d > all<V>(S(-3)));  // the powers lose log(p) digits
+    return {select(close, near, far) / product,
+            select(close, -p * at_alpha.minus_one, p - mixed) / k.alpha,
+            select(close, p * (at_gamma.minus_one - at_alpha.minus_one), q - mixed) / k.beta};
   }
   template <class S>
   static KD_FN Shape<S> swap(Shape<S> k) { return {k.beta, k.alpha}; }
 };
 
-struct TeacherEntropy;  // sum -p_t log p_s with the arguments exchanged
+struct TeacherEntropy;  // CrossEntropy with the arguments exchanged
 
-struct CrossEntropy {  // sum -p_t log p_s
+struct CrossEntropy : Unchanged {  // sum -p_t log p_s
   using Swapped = TeacherEntropy;
   static constexpr bool zero_teacher = true;
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S>) {
-    const V value = -(S(1) + r.e) * r.log_p;
-    return {value, -r.e, value};
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S>) {
+    const V value = -c.q * c.log_p;
+    return {value, -c.gap, value};
   }
-  template <class S>
-  static KD_FN Shape<S> swap(Shape<S> k) { return k; }
 };
 
-struct TeacherEntropy {
+struct TeacherEntropy : Unchanged {
   using Swapped = CrossEntropy;
   static constexpr bool zero_teacher = true;
-  template <class V, class S>
-  static KD_FN Terms<V> terms(const Ratio<V>& r, Shape<S>) {
-    const V value = -(r.log_p + r.d);
-    return {value, value, r.e};
+  template <class V, class M, class S>
+  static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S>) {
+    const V value = -c.p * (c.log_p + c.d);
+    return {value, value, c.gap};
   }
-  template <class S>
-  static KD_FN Shape<S> swap(Shape<S> k) { return k; }
 };
 
 // Kind and struct; renyi is a function of ab's sum (alpha, 1 - alpha).

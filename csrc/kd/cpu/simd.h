@@ -103,11 +103,6 @@ KD_FN void store(S* p, int n, V v) {
 }
 #endif
 
-template <class V>
-struct Pair {
-  V value, excess;
-};
-
 // q with expm1(f) = f + f^2 q(f), |f| <= ln(2) / 2: relative error under one unit in the last place.
 KD_FN vf expm1_tail(vf f) {
   vf q = all<vf>(1.9875691500e-4f);
@@ -132,6 +127,12 @@ KD_FN vd expm1_tail(vd f) {
   return q * f + 0.5;
 }
 
+template <class V>
+KD_FN auto is_near(V x) {
+  using S = typename Lanes<V>::S;
+  return (x < all<V>(S(0.34))) & (x > all<V>(S(-0.34)));
+}
+
 // x = n ln 2 + f; 2^n; f^2 q(f).
 template <class V>
 struct Reduced {
@@ -150,21 +151,21 @@ KD_FN Reduced<V> reduce(V x) {
   const V power = (V)(((I)shifted << L::mantissa) + L::one);
   return {f, power, f * f * expm1_tail(f), n == all<V>(0)};
 }
+// exp(x), expm1(x) and expm1(x) - x, none with cancellation.
+template <class V>
+struct Exp {
+  V value, minus_one, excess;
+};
+template <class V>
+KD_FN Exp<V> exp_parts(V x) {
+  const Reduced<V> r = reduce(x);
+  const V growth = r.power * (r.f + r.square);
+  const V minus_one = growth + (r.power - (typename Lanes<V>::S)1);
+  return {growth + r.power, minus_one, select(r.near, r.square, minus_one - x)};
+}
 template <class V>
 KD_FN V exp(V x) {
-  const Reduced<V> r = reduce(x);
-  return r.power * (r.f + r.square) + r.power;
-}
-// expm1(x), and expm1(x) - x without cancellation.
-template <class V>
-KD_FN Pair<V> expm1_pair(V x) {
-  const Reduced<V> r = reduce(x);
-  const V value = r.power * (r.f + r.square) + (r.power - (typename Lanes<V>::S)1);
-  return {value, select(r.near, r.square, value - x)};
-}
-template <class V>
-KD_FN V expm1(V x) {
-  return expm1_pair(x).value;
+  return exp_parts(x).value;
 }
 
 // sum_{k>=1} 2 s^(2k+1) / (2k+1), over s, of log((1 + s) / (1 - s)) - 2 s.
@@ -189,7 +190,11 @@ KD_FN vd log_tail(vd s2) {
 }
 // log(1 + x), and x - log(1 + x) without cancellation; x > -1, or -1 for a large negative value.
 template <class V>
-KD_FN Pair<V> log1p_pair(V x) {
+struct Log1p {
+  V value, excess;
+};
+template <class V>
+KD_FN Log1p<V> log1p_parts(V x) {
   using L = Lanes<V>;
   using I = typename L::I;
   using S = typename L::S;

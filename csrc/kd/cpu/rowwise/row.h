@@ -101,7 +101,8 @@ void measure(Row<S>& r) {
       low = at_most(d, low), high = at_least(d, high);
       sum_s += exp_s;
       if constexpr (sizeof(S) == 8) sum_t += exp((zt - r.max_t) * r.inv_tt);
-      else excess += exp_s * expm1(d);
+      else excess += select(is_near(d), exp_s * (d + d * d * expm1_tail(d)),
+                            exp((zt - r.max_t) * r.inv_tt) - exp_s);
     });
     r.sum_s += sum(sum_s), r.sum_t += sum(sum_t), r.excess += sum(excess);
     r.lowest = -largest(-low), r.highest = largest(high);

@@ -35,10 +35,10 @@ inline bool is_exact(const Row<float>& r, bool zero_teacher) {
 }
 
 inline void normalise(Row<float>& r) {
-  const double delta = __builtin_log1p(r.excess / r.sum_s);
-  r.delta = (float)delta;
-  r.inv_sum_s = (float)(1 / r.sum_s);
-  r.log_sum_s = (float)__builtin_log(r.sum_s);
+  const double sum_t = r.sum_s + r.excess;
+  r.delta = (float)__builtin_log1p(r.excess / r.sum_s);
+  r.inv_sum_s = (float)(1 / r.sum_s), r.inv_sum_t = (float)(1 / sum_t);
+  r.log_sum_s = (float)__builtin_log(r.sum_s), r.log_sum_t = (float)__builtin_log(sum_t);
 }
 inline void normalise(Row<double>& r) {
   r.inv_sum_s = 1 / r.sum_s, r.inv_sum_t = 1 / r.sum_t;
@@ -48,7 +48,7 @@ inline void normalise(Row<double>& r) {
 
 template <class V>
 struct Class {
-  V value, student, teacher;  // p f, and p df/dp of either side, uncentred
+  V value, student, teacher;  // the divergence's term, and p df/dp of either side, uncentred
   V p_s, p_t;
 };
 
@@ -57,12 +57,18 @@ template <class K>
 struct Exact {
   template <class V>
   static KD_FN Class<V> terms(const Row<float>& r, V s, V t) {
-    const V u = (s - r.max_s) * r.inv_ts, p = exp(u) * r.inv_sum_s;
-    const V d = at_least(log_ratio(r, s, t) - r.delta, all<V>(-100));
-    const Pair<V> e = expm1_pair(d);
+    const V us = (s - r.max_s) * r.inv_ts, ut = (t - r.max_t) * r.inv_tt;
+    const V p = exp(us) * r.inv_sum_s, direct = exp(ut) * r.inv_sum_t;
+    const V d = log_ratio(r, s, t) - r.delta;
+    const auto near = is_near(d);
+    const V square = d * d * expm1_tail(d), growth = d + square;  // if near
+    const V q = select(near, p + p * growth, direct);
+    const V gap = select(near, p * growth, direct - p);
+    const V e = select(near, growth, exp(d) - 1.f);
     const Terms<V> f =
-        K::terms(Ratio<V>{d, e.value, e.excess, d, e.excess, u - r.log_sum_s}, r.shape);
-    return {p * f.value, p * f.a, p * f.c, p, p + p * e.value};
+        K::terms(Sides<V, decltype(near)>{p, q, gap, d, d, e, p * square, us - r.log_sum_s, near},
+                 r.shape);
+    return {f.value, f.base, f.other, p, q};
   }
 };
 
@@ -85,19 +91,20 @@ struct Robust {
   template <class V>
   static KD_FN Class<V> terms(const Row<double>& r, V s, V t) {
     const LogProbs<V> log(r, s, t);
-    const V zero{}, lowest = all<V>(Lanes<V>::lowest_exp);
+    const V zero{};
     const auto student = log.d <= zero;
-    const V d = select(student, log.d, -log.d), p = select(student, log.p_s, log.p_t);
-    const Pair<V> e = expm1_pair(d);
-    const V finite = at_least(d, lowest);
-    const Ratio<V> ratio{d, e.value, e.excess,
-                         finite, select(d < lowest, e.value - finite, e.excess),
-                         select(student, log.s, log.t)};
-    const Terms<V> f = K::terms(ratio, r.shape), g = K::Swapped::terms(ratio, K::swap(r.shape));
+    const V d = select(student, log.d, -log.d);
+    const V p = select(student, log.p_s, log.p_t), q = select(student, log.p_t, log.p_s);
+    const auto near = is_near(d);
+    const Exp<V> e = exp_parts(d);
+    const Sides<V, decltype(near)> sides{
+        p, q, select(near, p * e.minus_one, q - p), d, at_least(d, all<V>(Lanes<V>::lowest_exp)),
+        e.minus_one, p * e.excess, select(student, log.s, log.t), near};
+    const Terms<V> f = K::terms(sides, r.shape), g = K::Swapped::terms(sides, K::swap(r.shape));
     const auto live = p > zero;  // else it contributes nothing, whatever its ratio
-    return {select(live, p * select(student, f.value, g.value), zero),
-            select(live, p * select(student, f.a, g.c), zero),
-            select(live, p * select(student, f.c, g.a), zero), log.p_s, log.p_t};
+    return {select(live, select(student, f.value, g.value), zero),
+            select(live, select(student, f.base, g.other), zero),
+            select(live, select(student, f.other, g.base), zero), log.p_s, log.p_t};
   }
 };
 
@@ -135,17 +142,22 @@ struct Difference {
 template <class C, class S>
 void reduce(Row<S>& r) {
   using V = typename VectorOf<S>::V;
+  double mass_s = 0, mass_t = 0;
   alignas(64) S buffer_s[block], buffer_t[block];
   for_blocks(r.p.classes, [&](int64_t first, int n) {
     const S* s = r.student.get(first, n, buffer_s);
     const S* t = r.teacher.get(first, n, buffer_t);
-    V value{}, student{}, teacher{};
+    V value{}, student{}, teacher{}, p_s{}, p_t{};
     sweep<V>(n, [&](int i, auto w) {
       const Class<V> c = C::terms(r, read_logits<V>(s + i, w), read_logits<V>(t + i, w));
       value += c.value, student += c.student, teacher += c.teacher;
+      p_s += c.p_s, p_t += c.p_t;
     });
     r.value += sum(value), r.centre_s += sum(student), r.centre_t += sum(teacher);
+    mass_s += sum(p_s), mass_t += sum(p_t);
   });
+  // Over the mass as it was rounded, so that a constant in the terms leaves no trace.
+  r.centre_s /= mass_s, r.centre_t /= mass_t;
 }
 
 inline void reduce_renyi_far(Row<double>& r) {
@@ -226,7 +238,7 @@ void finish(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   double growth = 1;  // of Renyi over ab's sum
   if constexpr (__is_same(C, RenyiFar)) {
     reduce_renyi_far(r);
-  } else {
+  } else if constexpr (!__is_same(C, Nothing)) {
     reduce<C>(r);
     if (p.kind == Kind::renyi) {
       const double c = p.alpha * (p.alpha - 1);
@@ -236,13 +248,14 @@ void finish(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
     }
   }
   if (centred) r.centre_s = 0;
+  if (r.value > beyond) r.value = __builtin_inf();
+  if (!gradients) return;
   if (r.value > beyond) {
-    r.value = __builtin_inf();
     r.centre_s = r.centre_t = 0;
     if constexpr (sizeof(S) == 8 && centred) emit<Difference, false>(r, ce, scaling);
     else emit<Nothing, false>(r, ce, scaling);
     r.slope_s = r.slope_t = 0;
-  } else if (gradients) {
+  } else {
     emit<C, false>(r, ce, scaling);
     r.slope_s *= growth, r.slope_t *= growth;
   }
