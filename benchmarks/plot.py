@@ -43,6 +43,10 @@ def shape_name(row: dict) -> str:
     return size if row["shape"] == size else f"{row['shape']} {size}"
 
 
+def label(name: str) -> str:
+    return f"kdkernels ({name})" if name in OURS else name
+
+
 def milliseconds(row: dict, name: str) -> str:
     if name not in row["contenders"]:
         return "-"
@@ -62,7 +66,7 @@ def table(result: dict) -> str:
     others = [n for n in (*BASELINES, "liger-kernel") if n in present]
     ours = [n for n in OURS if n in present]
     header = [
-        "loss", "shape", "dtype", *(f"{name}, ms" for name in others), "backend", "ms",
+        "loss", "shape", "dtype", *(f"{name}, ms" for name in others), "kdkernels", "ms",
         "x better of eager, compile", "same, upstream 0.5", "of a copy's speed",
         "loss error, eager", "ours", "memory, eager", "ours",
     ]  # fmt: skip
@@ -174,8 +178,8 @@ def draw(path: Path) -> None:
             ]
             axes.bar(
                 [x + (i - (len(names) - 1) / 2) * width for x, _ in at],
-                speed, width, yerr=spread, label=name, ecolor="#444444", error_kw={"lw": 0.8},
-                color=(COLOURS | OUR_COLOURS)[name],
+                speed, width, label=label(name), color=(COLOURS | OUR_COLOURS)[name],
+                yerr=spread, ecolor="#444444", error_kw={"lw": 0.8},
             )  # fmt: skip
         axes.axhline(1, color="#444444", lw=0.8)
         axes.set_xticks(

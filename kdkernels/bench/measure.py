@@ -27,14 +27,23 @@ from kdkernels.testing import Loss, leaves, relative_errors
 
 SAMPLE_SECONDS = 2e-3  # calls are repeated to fill a sample, well above the clock's resolution
 MOST_SETS = 64
-# Errors are measured on as many rows as keep the fp64 reference's temporaries below 1 GB or so.
-ERROR_ELEMENTS = 2**24
+# Rows beyond this many elements repeat; errors are measured on those before, which keeps the fp64
+# reference's temporaries near 1 GB.
+RANDOM_ELEMENTS = 2**24
 
 Function = Callable[[], object]
 
 
 def make_inputs(loss: Loss, shape, dtype: torch.dtype, device: str, seed: int = 0) -> dict:
-    inputs = loss.inputs(*shape, dtype=dtype, device=device, seed=seed)
+    """Inputs with a student that requires a gradient; in large ones, rows repeat.
+
+    The registry draws on the CPU in fp64, which at GPU sizes would outlast the measurement.
+    """
+    rows = min(shape[0], max(RANDOM_ELEMENTS // math.prod(shape[1:]), 1))
+    inputs = loss.inputs(rows, *shape[1:], dtype=dtype, device=device, seed=seed)
+    if rows < shape[0]:
+        index = torch.arange(shape[0], device=device) % rows
+        inputs = {name: x.index_select(0, index) for name, x in inputs.items()}
     inputs["student"].requires_grad_()
     return inputs
 
@@ -173,6 +182,7 @@ def _graph(function: Function, pool) -> torch.cuda.CUDAGraph:
         for _ in range(3):
             function()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # which a capture could not do for itself when short of memory
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         function()
@@ -228,7 +238,7 @@ def resident_bytes(function: Function) -> int:
 
 def oracle(loss: Loss, shape, dtype, device: str) -> tuple[dict, Tensor, Tensor]:
     """Inputs, and their loss and gradient by the reference in fp64."""
-    rows = max(ERROR_ELEMENTS // math.prod(shape[1:]), 1)
+    rows = max(RANDOM_ELEMENTS // math.prod(shape[1:]), 1)
     inputs = make_inputs(loss, (min(shape[0], rows), *shape[1:]), dtype, device)
     exact = leaves(inputs, torch.float64)
     value = loss(exact, backend="reference")

@@ -37,7 +37,7 @@ def lines(row: dict) -> list[tuple[str, ...]]:
                 f"{milliseconds['seconds']:.4g}",
                 f"{milliseconds['p20']:.4g}",
                 f"{milliseconds['p80']:.4g}",
-                cell(values, "speedup", "{:.2f}") if name != "copy" else "",
+                cell(values, "speedup", "{:.2f}"),
                 cell(values, "gb_per_s", "{:.1f}"),
                 cell(values, "share_of_copy", "{:.0%}"),
                 cell(values, "loss_error", "{:.1e}"),

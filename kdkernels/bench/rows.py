@@ -160,8 +160,8 @@ def compare(row: dict) -> None:
     """Add to every contender its speed against the better baseline, the bus and a copy."""
     by_name = row["contenders"]
     baselines = [by_name[name]["seconds"] for name in BASELINES if name in by_name]
-    for values in by_name.values():
-        if baselines:
+    for name, values in by_name.items():
+        if baselines and name != "copy":
             values["speedup"] = min(baselines) / values["seconds"]
         values["gb_per_s"] = row["minimal_bytes"] / values["seconds"] / 1e9
         values["share_of_copy"] = by_name["copy"]["seconds"] / values["seconds"]

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Build, test, benchmark or profile on a GPU machine, each in less than 10 minutes, without network:
+#   benchmarks/gpu.sh build | test | bench | profile [RESULTS]
+# Needs python3 with torch, triton, pybind11, setuptools and pytest, and a C++ compiler. RESULTS is
+# a folder ($OUT, or runs/gpu, by default). The package is built and used in the source tree.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=${2:-${OUT:-runs/gpu}}
+mkdir -p "$results"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+
+build() {
+  python3 setup.py build_ext --inplace 2>&1 | tee "$results/build.log"
+  python3 -m kdkernels info | tee "$results/info.txt"
+}
+
+if [ "${1:-}" != build ] && [ ! -e kdkernels/_build.json ]; then build; fi
+
+case "${1:-}" in
+  build) build ;;
+  test)
+    # Workers share Triton's cache, and compiling is most of the time.
+    timeout 560 python3 -m pytest -m gpu -n "${WORKERS:-8}" -q --durations=10 \
+      --junitxml="$results/tests.xml" tests 2>&1 | tee "$results/tests.log"
+    ;;
+  bench)
+    timeout 580 python3 benchmarks/run.py --device cuda --seconds 0.5 --output "$results" 2>&1 |
+      tee "$results/bench.log"
+    ;;
+  profile)
+    metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
+    metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed
+    metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
+    metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active
+    metrics+=,launch__registers_per_thread
+    for backend in ${BACKENDS:-triton}; do
+      for shape in 64x100 256x1000 4096x32000 8192x128256 2048x262144; do
+        for loss in kl_div kd_loss; do
+          name=$loss-$shape-bf16-$backend
+          step=(python3 benchmarks/step.py "$loss" "$shape" bf16 "$backend")
+          timeout 60 "${step[@]}" >"$results/$name.txt" 2>&1 || echo "$name: step failed"
+          # Counters need a permission that many machines do not give.
+          UNDER_NCU=1 timeout 90 ncu --profile-from-start off --clock-control none --metrics "$metrics" --csv \
+            --log-file "$results/$name.csv" "${step[@]}" >/dev/null 2>&1 ||
+            echo "$name: no counters, see $results/$name.csv"
+        done
+      done
+    done
+    grep -hE "gpu__time_duration|dram__throughput" "$results"/*.csv || true
+    ;;
+  *)
+    sed -n '3,6s/^# //p' "$0"
+    exit 2
+    ;;
+esac
