@@ -16,14 +16,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: nothing to interpret")
 
-from kdkernels import checks, ops  # noqa: E402
-from kdkernels import functional as F  # noqa: E402
-from kdkernels.divergences import DIVERGENCES  # noqa: E402
+from kdkernels import checks, ops
+from kdkernels import functional as F
+from kdkernels.divergences import DIVERGENCES
 
 INTERPRETED = ops.triton_interpreted()
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Of the loss (relative) and of gradients (relative L2), which in 16 bits are rounded twice: saved and
-# scaled. The interpreter truncates where hardware rounds to bf16.
+# Of the loss (relative) and of gradients (relative L2). Those in 16 bits are rounded twice, saved
+# and scaled, and the interpreter truncates to bf16 where hardware rounds.
 LOSS = {torch.float64: 1e-12}
 GRADIENT = {torch.float64: 1e-11, torch.bfloat16: 1e-2, torch.float16: 7e-4}
 

@@ -45,13 +45,12 @@ def tile(classes: int, accumulator: torch.dtype) -> Tile:
 
 
 def options(shape: Tile) -> dict:
-    """Compiler options of a launch.
-
-    Left alone, ptxas spills a few registers to fit one more block on a multiprocessor; told the
-    most there can be it does not. ROCm's compiler has no such option.
-    """
-    registers = {} if torch.version.hip else {"maxnreg": min(255, 65536 // (32 * shape.warps))}
-    return {"num_warps": shape.warps, **registers}
+    """Compiler options of a launch."""
+    if torch.version.hip:  # warps of 64 lanes
+        return {"num_warps": max(1, shape.warps // 2)}
+    # Left alone, ptxas spills a few registers so that one more block fits a multiprocessor; told
+    # how many there may be, it does not.
+    return {"num_warps": shape.warps, "maxnreg": min(255, 65536 // (32 * shape.warps))}
 
 
 class Layout(NamedTuple):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kdkernels import ops
 from kdkernels.divergences import KINDS, REDUCTIONS
-from kdkernels.divergences import KINDS, REDUCTIONS
 from kdkernels.ops.rowwise import (
     GRAD_ROWS,
     GRAD_STUDENT,

@@ -83,8 +83,8 @@ def _target(
     if PROBABILITIES:
         target = _load(labels, start, live, 0.0, ACC, CLASSES, TILE)
     else:
-        target = tl.where(column == label, 1.0, 0.0)
-        target = tl.where((label >= 0) & (label < CLASSES), target, float("nan"))
+        others = tl.where((label >= 0) & (label < CLASSES), 0.0, float("nan"))
+        target = tl.where(column == label, 1.0, others)
     target = (1 - smoothing) * target + smoothing / CLASSES
     return tl.where(column < CLASSES, target, 0.0)
 

@@ -26,39 +26,42 @@ def scale_rows_kernel(
     row_factor,  # (rows,) or None
     rows, inner, outer_stride, inner_stride,
     PER_ROW: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     inside = row < rows
-    end = CLASSES
+    moves = True
     if PER_ROW:
         factor = tl.load(upstream + row, mask=inside, other=1).to(ACC)
     else:
         factor = tl.load(upstream).to(ACC)
         if row_factor is None:
-            end = tl.where(factor == 1, 0, CLASSES)
+            moves = factor != 1
     if row_factor is not None:
         factor *= tl.load(row_factor + row, mask=inside, other=1)
     start_of_row = grad + row_start(row, inner, outer_stride, inner_stride, UNIT)
-    for start in range(tl.program_id(1) * TILE, end, tl.num_programs(1) * TILE):
-        column = start + tl.arange(0, TILE)[None, :]
-        mask = inside & (column < CLASSES)
-        value = tl.load(start_of_row + column, mask=mask).to(ACC)
-        tl.store(start_of_row + column, value * factor, mask=mask)
+    if moves:
+        for start in range(0, CLASSES, TILE * COLUMNS):
+            column = start + tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+            mask = inside & (column < CLASSES)
+            value = tl.load(start_of_row + column, mask=mask).to(ACC)
+            tl.store(start_of_row + column, value * factor, mask=mask)
 
 
 def arguments(grad: Tensor, upstream: Tensor, row_factor: Tensor | None) -> dict:
-    """Everything a launch takes but the grid."""
+    """Everything a launch takes but the grid, which is (blocks of rows, COLUMNS)."""
     classes = grad.shape[-1]
+    rows = grad.numel() // classes
     layout = row_layout(grad)
     unit = common_unit(layout)
     double = grad.dtype == torch.float64
     shape = tile(classes, torch.float64 if double else torch.float32)
+    blocks, tiles = triton.cdiv(rows, shape.rows), triton.cdiv(classes, shape.classes)
     return {
         "grad": grad,
         "upstream": upstream,
         "row_factor": row_factor,
-        "rows": grad.numel() // classes,
+        "rows": rows,
         "inner": layout.inner,
         "outer_stride": layout.outer_stride // unit,
         "inner_stride": layout.inner_stride // unit,
@@ -68,6 +71,8 @@ def arguments(grad: Tensor, upstream: Tensor, row_factor: Tensor | None) -> dict
         "UNIT": unit,
         "ROWS": shape.rows,
         "TILE": shape.classes,
+        # A power of two, so that few are ever compiled.
+        "COLUMNS": triton.next_power_of_2(max(1, min(tiles, PROGRAMS // blocks))),
         **options(shape),
     }
 
@@ -75,18 +80,16 @@ def arguments(grad: Tensor, upstream: Tensor, row_factor: Tensor | None) -> dict
 def _scale_rows_(grad: Tensor, upstream: Tensor, row_factor: Tensor | None) -> None:
     if not grad.numel():
         return
-    if row_layout(grad) is None:  # in place without a kernel: an inplace student's odd strides
+    if row_layout(grad) is None:  # an in-place student whose rows no kernel can walk
         factor = upstream if row_factor is None else upstream * row_factor.view(grad.shape[:-1])
         grad.copy_(grad * factor.unsqueeze(-1))
         return
     if upstream.dim():
         upstream = upstream.reshape(-1).contiguous()
     launch = arguments(grad, upstream, row_factor)
-    blocks = triton.cdiv(launch["rows"], launch["ROWS"])
-    tiles = triton.cdiv(launch["CLASSES"], launch["TILE"])
-    grid = (blocks, max(1, min(tiles, PROGRAMS // blocks)))
     with torch.cuda.device_of(grad):
-        scale_rows_kernel[grid](**launch)
+        blocks = triton.cdiv(launch["rows"], launch["ROWS"])
+        scale_rows_kernel[(blocks, launch["COLUMNS"])](**launch)
 
 
 torch.library.impl("kdkernels::scale_rows_", "CUDA", _scale_rows_)

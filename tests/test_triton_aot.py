@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel compiles ahead of time, without a GPU, for the GPUs it is meant for.
+
+What is compiled is what would be launched: the arguments come from the launchers themselves. By the
+assemblers' own reports nothing may spill to memory, and rows must be read by loads as wide as their
+alignment allows.
+"""
+
+import math
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed: nothing to compile")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kdkernels import ops  # noqa: E402
+from kdkernels.divergences import KINDS, REDUCTIONS  # noqa: E402
+from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER, Spec  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    ops.triton_interpreted(), reason="TRITON_INTERPRET=1: kernels are not compiled"
+)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+# Several rows to a tile, barely and well aligned; one row; the most warps; swept.
+WIDTHS = (10, 100, 1000, 4096, 32000)
+
+
+@pytest.fixture(autouse=True)
+def torch_of_target(request, monkeypatch):
+    """Launchers ask torch which compiler they are launching for."""
+    if request.getfixturevalue("target") == "gfx942":
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+
+
+def compiled(kernel, launch: dict, target: str):
+    """Compile a kernel for what a launch with these arguments would specialise it to."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = launch[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp64"
+    options = {name: launch[name] for name in ("num_warps", "maxnreg") if name in launch}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def assert_in_registers(kernel, target: str, tmp_path):
+    """No instruction of the machine code reads or writes a thread's local memory."""
+    if target.startswith("sm_"):
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", cubin]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        print(target, *re.findall(r"REG:\d+", report))
+        assert re.search(r"\bLDG\b", report), report
+        assert not re.findall(r"\b(?:LDL|STL)\b.*", report)
+        return
+    usage = dict(re.findall(r"\.(\w+):\s+(\d+)$", kernel.asm["amdgcn"], re.M))
+    print(f"{target} REG:{usage['vgpr_count']}")
+    # Scalar registers spill into lanes of vector registers, not into memory.
+    assert usage["private_segment_fixed_size"] == usage["vgpr_spill_count"] == "0", usage
+
+
+def load_widths(kernel, target: str) -> set[int]:
+    """Bytes a lane reads at once, of every load from global memory."""
+    if target.startswith("sm_"):
+        ptx = kernel.asm["ptx"]
+        plain = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+)\s", ptx)
+        copies = re.findall(r"\bcp\.async\.c[ag]\S*\s+\[.*?\],\s+\[.*?\],\s+(\w+)", ptx)
+        widths = {int(n or 1) * int(bits) // 8 for n, bits in plain}
+        return widths | {int(size, 0) for size in copies}
+    loads = re.findall(r"\b(?:global|buffer)_load_(dwordx\d|dword|\w+)", kernel.asm["amdgcn"])
+    words = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
+    return {words.get(load, 2) for load in loads}
+
+
+def launch(classes, dtype, *, kind="forward_kl", everything=False):
+    """Arguments of a student-only launch, or of one that needs and takes everything there is."""
+    from kdkernels.triton.rowwise import arguments
+
+    x = torch.empty(8, classes, dtype=dtype)
+    row = torch.empty(8, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    valid, labels = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
+    spec = Spec(
+        temperature=4.0, teacher_temperature=4.0, kind=KINDS.index(kind), alpha=0.3, beta=0.7,
+        kd_weight=0.9, ce_weight=0.1 * everything, label_smoothing=0.1, ignore_index=-100, t2=True,
+        reduction=REDUCTIONS.index("batchmean"),
+    )  # fmt: skip
+    if everything:
+        grads = GRAD_STUDENT | GRAD_TEACHER | GRAD_ROWS
+        return arguments(x, x, labels, valid, row, row, row, spec, grads)
+    return arguments(x, x, None, None, None, None, None, spec, GRAD_STUDENT)
+
+
+CASES = [
+    *(("sm_90", dtype, n) for dtype in (torch.float32, torch.bfloat16) for n in WIDTHS),
+    *(("sm_90", torch.float64, n) for n in (1000, 32000)),
+    ("sm_90", torch.float16, 32000),
+    *((target, torch.bfloat16, n) for target in ("sm_80", "sm_100") for n in (100, 4096, 32000)),
+    *(("gfx942", dtype, n) for dtype in (torch.float32, torch.bfloat16) for n in (100, 32000)),
+]
+
+
+@pytest.mark.parametrize("target, dtype, classes", CASES)
+def test_rowwise(target, dtype, classes, tmp_path):
+    from kdkernels.triton.rowwise_kernel import rowwise_kernel
+
+    plain = compiled(rowwise_kernel, launch(classes, dtype), target)
+    assert_in_registers(plain, target, tmp_path)
+    everything = compiled(rowwise_kernel, launch(classes, dtype, everything=True), target)
+    assert_in_registers(everything, target, tmp_path)
+    aligned = min(16, math.gcd(classes, 16) * dtype.itemsize)
+    assert load_widths(plain, target) == {aligned}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "forward_kl"])
+@pytest.mark.parametrize("target, dtype", [("sm_90", torch.bfloat16), ("gfx942", torch.float32)])
+def test_every_kind(kind, target, dtype, tmp_path):
+    from kdkernels.triton.rowwise_kernel import rowwise_kernel
+
+    kernel = compiled(rowwise_kernel, launch(32000, dtype, kind=kind, everything=True), target)
+    assert_in_registers(kernel, target, tmp_path)
+
+
+@pytest.mark.parametrize("classes", [100, 1000, 32000])
+@pytest.mark.parametrize("target", TARGETS)
+def test_scale_rows(target, classes, tmp_path):
+    from kdkernels.triton.scale import arguments, scale_rows_kernel
+
+    grad = torch.empty(8, classes, dtype=torch.bfloat16)
+    kernel = compiled(scale_rows_kernel, arguments(grad, torch.tensor(1.0), None), target)
+    assert_in_registers(kernel, target, tmp_path)
+    # The scalar (which CDNA reads by a scalar load), and the rows.
+    assert load_widths(kernel, target) | {4} == {4, min(16, math.gcd(classes, 16) * 2)}
