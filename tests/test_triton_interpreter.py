@@ -333,3 +333,15 @@ class TestInterpreted:
                     _scale_rows_(grad, upstream.to(accumulator), factor)
                     ulp = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
                     torch.testing.assert_close(grad, expected, rtol=ulp, atol=0)
+
+    def test_registered(self):
+        """Schema, fake and autograd agree with what the operators do; compilation traces them."""
+        student, teacher = logits(2, 3, 37)
+        check(torch.compile(F.reverse_kl_div, backend="aot_eager", fullgraph=True),
+              {"student": student}, teacher=teacher)  # fmt: skip
+        labels = torch.tensor([1, 2, 3, -100, 4, 5])
+        spec = ops.rowwise.Spec(2.0, 2.0, 0, 0.0, 0.0, 0.9, 0.1, 0.1, -100, True, 2)
+        arguments = student, teacher, labels, None, torch.rand(6), None, None, *spec
+        registered = torch.ops.kdkernels
+        torch.library.opcheck(registered.rowwise_triton.default, (*arguments, 7))
+        torch.library.opcheck(registered.rowwise_triton_inplace.default, (*arguments, 1))

@@ -97,10 +97,16 @@ _compiled = (_ops.rowwise.default, _ops.rowwise_inplace.default)
 _triton = (_ops.rowwise_triton.default, _ops.rowwise_triton_inplace.default)
 
 
+@torch.compiler.assume_constant_result  # imports are not for tracing
+def _register_triton() -> bool:
+    importlib.import_module("kdkernels.triton.rowwise")
+    return True
+
+
 def _operator(backend: str, inplace: bool):
     if backend != "triton":
         return _compiled[inplace]
-    importlib.import_module("kdkernels.triton.rowwise")  # registers the kernel on first use
+    _register_triton()
     return _triton[inplace]
 
 
