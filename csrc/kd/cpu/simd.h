@@ -42,7 +42,8 @@ template <class V, class M>
 KD_FN V select(M mask, V yes, V no) {
   return mask ? yes : no;
 }
-// NaN in `x` stays.
+// The larger and the smaller; NaN in `x` stays. Spelled out, since from a comparison the compiler
+// makes two instructions.
 template <class V>
 KD_FN V at_least(V x, V low) {
   return low > x ? low : x;
@@ -51,19 +52,36 @@ template <class V>
 KD_FN V at_most(V x, V high) {
   return high < x ? high : x;
 }
+#if KD_BYTES == 64
+KD_FN vf at_least(vf x, vf low) { return (vf)_mm512_max_ps((__m512)low, (__m512)x); }
+KD_FN vd at_least(vd x, vd low) { return (vd)_mm512_max_pd((__m512d)low, (__m512d)x); }
+KD_FN vf at_most(vf x, vf high) { return (vf)_mm512_min_ps((__m512)high, (__m512)x); }
+KD_FN vd at_most(vd x, vd high) { return (vd)_mm512_min_pd((__m512d)high, (__m512d)x); }
+#elif KD_BYTES == 32
+KD_FN vf at_least(vf x, vf low) { return (vf)_mm256_max_ps((__m256)low, (__m256)x); }
+KD_FN vf at_most(vf x, vf high) { return (vf)_mm256_min_ps((__m256)high, (__m256)x); }
+#endif
 
+// Over the lanes, always in the same order.
+#if KD_BYTES == 64
+KD_FN float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+KD_FN double sum(vd v) { return _mm512_reduce_add_pd((__m512d)v); }
+KD_FN float largest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+KD_FN double largest(vd v) { return _mm512_reduce_max_pd((__m512d)v); }
+#else
 template <class V>
 KD_FN typename Lanes<V>::S sum(V v) {
-  typename Lanes<V>::S total = 0;
-  for (int i = 0; i < Lanes<V>::count; i++) total += v[i];
-  return total;
+  for (int half = Lanes<V>::count / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
 }
 template <class V>
 KD_FN typename Lanes<V>::S largest(V v) {
-  typename Lanes<V>::S m = v[0];
-  for (int i = 1; i < Lanes<V>::count; i++) m = m > v[i] ? m : v[i];
-  return m;
+  for (int half = Lanes<V>::count / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+  return v[0];
 }
+#endif
 
 template <class V>
 KD_FN V load(const typename Lanes<V>::S* p) {
@@ -163,6 +181,35 @@ KD_FN Exp<V> exp_parts(V x) {
   const V minus_one = growth + (r.power - (typename Lanes<V>::S)1);
   return {growth + r.power, minus_one, select(r.near, r.square, minus_one - x)};
 }
+// exp(x / c), x <= 0, for the rate of 1 / c; 0 where it underflows.
+template <class S>
+KD_FN S exp_rate(double inverse) {
+  return S(sizeof(S) == 4 ? inverse * 1.44269504088896341 : inverse);
+}
+KD_FN vf exp_at_rate(vf x, float rate) {
+  const vf y = x * rate;  // 2^y = 2^n 2^f, |f| <= 1 / 2
+#if KD_BYTES == 64
+  const vf n = (vf)_mm512_roundscale_ps((__m512)y, 0);
+#else
+  const vf low = at_least(y, all<vf>(-127.f)), shifted = low + Lanes<vf>::round;
+  const vf n = shifted - Lanes<vf>::round;
+#endif
+  const vf f = y - n;
+  vf p = all<vf>(1.5353300842e-4f);
+  p = p * f + 1.3398848241e-3f;
+  p = p * f + 9.6184369177e-3f;
+  p = p * f + 5.5503323674e-2f;
+  p = p * f + 2.4022647738e-1f;
+  p = p * f + 6.9314718246e-1f;
+  p = p * f + 1.f;
+#if KD_BYTES == 64
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return select(y > all<vf>(-127.f), p, vf{}) * (vf)(((vi)shifted << 23) + 0x3f800000);
+#endif
+}
+KD_FN vd exp_at_rate(vd x, double rate) { return exp_parts(x * rate).value; }
+
 template <class V>
 KD_FN V exp(V x) {
   return exp_parts(x).value;

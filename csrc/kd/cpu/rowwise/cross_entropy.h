@@ -37,6 +37,7 @@ struct CrossEntropyRow {
   void measure(const Row<S>& r) {
     using V = typename VectorOf<S>::V;
     alignas(64) S buffer_s[block], buffer_y[block];
+    const S max_s = r.k.max_s;
     double total = 0, mass_y = 0, dot = 0;
     bool infinite = false;
     for_blocks(r.p.classes, [&](int64_t first, int n) {
@@ -44,10 +45,10 @@ struct CrossEntropyRow {
       const S* y = targets(r, first, n, buffer_y);
       V sum_exp{}, sum_y{}, sum_yz{}, off{};
       sweep<V>(n, [&](int i, auto w) {
-        const V z = read_logits<V>(s + i, w), centred = z - r.max_s;
+        const V z = read_logits<V>(s + i, w), centred = z - max_s;
         const V target = read<V>(y + i, w, S(0)), zero{};
         const auto on = z > all<V>(floor_of<S>);
-        sum_exp += exp(centred);
+        sum_exp += exp_at_rate(centred, exp_rate<S>(1));
         sum_y += target;
         sum_yz += select(on, target * centred, zero);
         off += select(on, zero, target);
@@ -57,7 +58,7 @@ struct CrossEntropyRow {
     });
     inv_sum = S(1 / total), mass = S(mass_y);
     value = infinite ? __builtin_inf() : __builtin_log(total) * mass_y - dot;
-    if (!known || !(r.max_s > floor_of<S>)) value = coefficient = S(__builtin_nan(""));
+    if (!known || !(r.k.max_s > floor_of<S>)) value = coefficient = S(__builtin_nan(""));
   }
 
   // Adds the gradient to that of the divergence.
@@ -65,10 +66,11 @@ struct CrossEntropyRow {
     using V = typename VectorOf<S>::V;
     alignas(64) S buffer_y[block];
     const S* y = targets(r, first, n, buffer_y);
+    const S max_s = r.k.max_s, inverse = inv_sum, y_mass = mass, factor = coefficient;
     sweep<V>(n, [&](int i, auto w) {
-      const V p = exp(read_logits<V>(s + i, w) - r.max_s) * inv_sum;
-      const V g = p * mass - read<V>(y + i, w, S(0));
-      write<V>(grad + i, w, read<V>(grad + i, w, S(0)) + g * coefficient);
+      const V p = exp_at_rate(read_logits<V>(s + i, w) - max_s, exp_rate<S>(1)) * inverse;
+      const V g = p * y_mass - read<V>(y + i, w, S(0));
+      write<V>(grad + i, w, read<V>(grad + i, w, S(0)) + g * factor);
     });
   }
 };

@@ -5,20 +5,26 @@ template <class S> constexpr S floor_of = S(-1e30);  // -inf as a number: its ex
 constexpr float exact_range = 60;
 constexpr double beyond = 1e300;  // a sum that has overflowed, or would
 
+// What the sweeps read of a row; they take a copy, which no store can alias.
+template <class S>
+struct Scalars {
+  S inv_ts, inv_tt, rate_s, rate_t;  // 1 / temperature, and as exp_at_rate takes it
+  S max_s, max_t;
+  bool subtract_first;  // see log_ratio
+  S delta, inv_sum_s, inv_sum_t, log_sum_s, log_sum_t;
+  S log_mixed;  // RenyiFar only: log sum p_t^alpha p_s^(1 - alpha)
+  Shape<S> shape;
+};
+
 template <class S>
 struct Row {
   const RowwiseParams& p;
   int64_t index;
   RowReader<S> student, teacher;
-  S inv_ts, inv_tt;  // 1 / temperature
-  Shape<S> shape;
+  Scalars<S> k;
   // measured
-  S max_s, max_t, lowest, highest;  // the latter two of u_t - u_s
-  bool subtract_first;              // see log_ratio
-  double sum_s, sum_t, excess;      // S; sum exp(u_t), in double only; A
-  // normalisers
-  S delta, inv_sum_s, inv_sum_t, log_sum_s, log_sum_t;
-  double log_mixed;  // RenyiFar only: log sum p_t^alpha p_s^(1 - alpha)
+  S lowest, highest;            // of u_t - u_s
+  double sum_s, sum_t, excess;  // S; sum exp(u_t), in double only; A
   // reduced: f, p_s df/dp_s, p_t df/dp_t
   double value = 0, centre_s = 0, centre_t = 0;
   // emitted: sums of du (z - max), for the temperatures
@@ -26,8 +32,12 @@ struct Row {
 
   Row(const RowwiseParams& p, int64_t i)
       : p(p), index(i), student{p.student, row_offset(p.student, i)},
-        teacher{p.teacher, row_offset(p.teacher, i)}, inv_ts(S(1 / get(p.temperature, i))),
-        inv_tt(S(1 / get(p.teacher_temperature, i))), shape{S(p.alpha), S(p.beta)} {}
+        teacher{p.teacher, row_offset(p.teacher, i)} {
+    const double inv_ts = 1 / get(p.temperature, i), inv_tt = 1 / get(p.teacher_temperature, i);
+    k.inv_ts = S(inv_ts), k.inv_tt = S(inv_tt);
+    k.rate_s = exp_rate<S>(inv_ts), k.rate_t = exp_rate<S>(inv_tt);
+    k.shape = {S(p.alpha), S(p.beta)};
+  }
 };
 
 struct Whole {};
@@ -57,52 +67,53 @@ KD_FN V read_logits(const S* p, W w) {
   return at_least(read<V>(p, w, floor_of<S>), all<V>(floor_of<S>));
 }
 
-// u_t - u_s; 0 for a class that is off on both sides. Rows with close maxima and one temperature
-// are subtracted first: exact where the logits are close. With an offset between them that would
-// round to the offset's precision, so each is then centred first.
+// u_t - u_s; near 0 for a class that is off on both sides. Rows with close maxima and one
+// temperature are subtracted first: exact where the logits are close. With an offset between them
+// that would round to the offset's precision, so each is then centred first.
 template <class V, class S>
-KD_FN V log_ratio(const Row<S>& r, V s, V t) {
-  const V d = r.subtract_first
-                  ? ((t - s) - (r.max_t - r.max_s)) * r.inv_ts
-                  : (t - r.max_t) * r.inv_tt - (s - r.max_s) * r.inv_ts;
+KD_FN V log_ratio(const Scalars<S>& k, V s, V t) {
+  if (k.subtract_first) return ((t - s) - (k.max_t - k.max_s)) * k.inv_ts;
+  const V d = (t - k.max_t) * k.inv_tt - (s - k.max_s) * k.inv_ts;
   return select(s + t <= all<V>(2 * floor_of<S>), V{}, d);
 }
 
 template <class S>
 void measure(Row<S>& r) {
   using V = typename VectorOf<S>::V;
-  r.max_s = r.max_t = floor_of<S>;
+  r.k.max_s = r.k.max_t = floor_of<S>;
   r.lowest = r.highest = 0;
   r.sum_s = r.sum_t = r.excess = 0;
   alignas(64) S buffer_s[block], buffer_t[block];
   for_blocks(r.p.classes, [&](int64_t first, int n) {
     const S* s = r.student.get(first, n, buffer_s);
     const S* t = r.teacher.get(first, n, buffer_t);
-    V high_s = all<V>(r.max_s), high_t = all<V>(r.max_t);
+    V high_s = all<V>(r.k.max_s), high_t = all<V>(r.k.max_t);
     sweep<V>(n, [&](int i, auto w) {
       high_s = at_least(read_logits<V>(s + i, w), high_s);
       high_t = at_least(read_logits<V>(t + i, w), high_t);
     });
-    const double fall_s = ((double)r.max_s - largest(high_s)) * r.inv_ts;
-    const double fall_t = ((double)r.max_t - largest(high_t)) * r.inv_tt;
-    r.max_s = largest(high_s), r.max_t = largest(high_t);
-    r.subtract_first =
-        r.inv_ts == r.inv_tt && __builtin_fabs((double)r.max_t - r.max_s) <= 1;
+    const double fall_s = ((double)r.k.max_s - largest(high_s)) * r.k.inv_ts;
+    const double fall_t = ((double)r.k.max_t - largest(high_t)) * r.k.inv_tt;
+    r.k.max_s = largest(high_s), r.k.max_t = largest(high_t);
+    r.k.subtract_first =
+        r.k.inv_ts == r.k.inv_tt && __builtin_fabs((double)r.k.max_t - r.k.max_s) <= 1;
     if (first > 0 && (fall_s != 0 || fall_t != 0)) {
       const double shift = fall_t - fall_s, scale = __builtin_exp(fall_s);
       r.excess = scale * (r.excess * __builtin_exp(shift) + r.sum_s * __builtin_expm1(shift));
       r.sum_s *= scale, r.sum_t *= __builtin_exp(fall_t);
       r.lowest += (S)shift, r.highest += (S)shift;
     }
+    const Scalars<S> k = r.k;
     V sum_s{}, sum_t{}, excess{}, low = all<V>(r.lowest), high = all<V>(r.highest);
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
-      const V d = log_ratio(r, zs, zt), exp_s = exp((zs - r.max_s) * r.inv_ts);
+      const V d = log_ratio(k, zs, zt);
+      const V exp_s = exp_at_rate(zs - k.max_s, k.rate_s);
+      const V exp_t = exp_at_rate(zt - k.max_t, k.rate_t);
       low = at_most(d, low), high = at_least(d, high);
       sum_s += exp_s;
-      if constexpr (sizeof(S) == 8) sum_t += exp((zt - r.max_t) * r.inv_tt);
-      else excess += select(is_near(d), exp_s * (d + d * d * expm1_tail(d)),
-                            exp((zt - r.max_t) * r.inv_tt) - exp_s);
+      if constexpr (sizeof(S) == 8) sum_t += exp_t;
+      else excess += select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
     });
     r.sum_s += sum(sum_s), r.sum_t += sum(sum_t), r.excess += sum(excess);
     r.lowest = -largest(-low), r.highest = largest(high);

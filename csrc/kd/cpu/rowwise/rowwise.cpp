@@ -30,20 +30,20 @@ namespace KD_ISA {
 // Whether the fp32 measures hold; NaN and rows without a finite class do not.
 inline bool is_exact(const Row<float>& r, bool zero_teacher) {
   return r.highest < exact_range && (r.lowest > -exact_range || zero_teacher) &&
-         r.sum_s < beyond && r.excess < beyond && r.max_s > floor_of<float> &&
-         r.max_t > floor_of<float>;
+         r.sum_s < beyond && r.excess < beyond && r.k.max_s > floor_of<float> &&
+         r.k.max_t > floor_of<float>;
 }
 
 inline void normalise(Row<float>& r) {
   const double sum_t = r.sum_s + r.excess;
-  r.delta = (float)__builtin_log1p(r.excess / r.sum_s);
-  r.inv_sum_s = (float)(1 / r.sum_s), r.inv_sum_t = (float)(1 / sum_t);
-  r.log_sum_s = (float)__builtin_log(r.sum_s), r.log_sum_t = (float)__builtin_log(sum_t);
+  r.k.delta = (float)__builtin_log1p(r.excess / r.sum_s);
+  r.k.inv_sum_s = (float)(1 / r.sum_s), r.k.inv_sum_t = (float)(1 / sum_t);
+  r.k.log_sum_s = (float)__builtin_log(r.sum_s), r.k.log_sum_t = (float)__builtin_log(sum_t);
 }
 inline void normalise(Row<double>& r) {
-  r.inv_sum_s = 1 / r.sum_s, r.inv_sum_t = 1 / r.sum_t;
-  r.log_sum_s = __builtin_log(r.sum_s), r.log_sum_t = __builtin_log(r.sum_t);
-  r.delta = r.log_sum_t - r.log_sum_s;
+  r.k.inv_sum_s = 1 / r.sum_s, r.k.inv_sum_t = 1 / r.sum_t;
+  r.k.log_sum_s = __builtin_log(r.sum_s), r.k.log_sum_t = __builtin_log(r.sum_t);
+  r.k.delta = r.k.log_sum_t - r.k.log_sum_s;
 }
 
 template <class V>
@@ -56,18 +56,18 @@ struct Class {
 template <class K>
 struct Exact {
   template <class V>
-  static KD_FN Class<V> terms(const Row<float>& r, V s, V t) {
-    const V us = (s - r.max_s) * r.inv_ts, ut = (t - r.max_t) * r.inv_tt;
-    const V p = exp(us) * r.inv_sum_s, direct = exp(ut) * r.inv_sum_t;
-    const V d = log_ratio(r, s, t) - r.delta;
+  static KD_FN Class<V> terms(const Scalars<float>& k, V s, V t) {
+    const V p = exp_at_rate(s - k.max_s, k.rate_s) * k.inv_sum_s;
+    const V direct = exp_at_rate(t - k.max_t, k.rate_t) * k.inv_sum_t;
+    const V log_p = (s - k.max_s) * k.inv_ts - k.log_sum_s;
+    const V d = log_ratio(k, s, t) - k.delta;
     const auto near = is_near(d);
     const V square = d * d * expm1_tail(d), growth = d + square;  // if near
     const V q = select(near, p + p * growth, direct);
     const V gap = select(near, p * growth, direct - p);
     const V e = select(near, growth, exp(d) - 1.f);
     const Terms<V> f =
-        K::terms(Sides<V, decltype(near)>{p, q, gap, d, d, e, p * square, us - r.log_sum_s, near},
-                 r.shape);
+        K::terms(Sides<V, decltype(near)>{p, q, gap, d, d, e, p * square, log_p, near}, k.shape);
     return {f.value, f.base, f.other, p, q};
   }
 };
@@ -75,12 +75,12 @@ struct Exact {
 template <class V>
 struct LogProbs {
   V s, t, p_s, p_t, d;  // d = t - s; infinite where one side is off
-  KD_FN LogProbs(const Row<double>& r, V zs, V zt) {
-    const V us = (zs - r.max_s) * r.inv_ts, ut = (zt - r.max_t) * r.inv_tt;
+  KD_FN LogProbs(const Scalars<double>& k, V zs, V zt) {
+    const V us = (zs - k.max_s) * k.inv_ts, ut = (zt - k.max_t) * k.inv_tt;
     const V off = all<V>(floor_of<double>), infinity = all<V>(__builtin_inf());
-    s = us - r.log_sum_s, t = ut - r.log_sum_t;
-    p_s = exp(us) * r.inv_sum_s, p_t = exp(ut) * r.inv_sum_t;
-    d = log_ratio(r, zs, zt) - r.delta;
+    s = us - k.log_sum_s, t = ut - k.log_sum_t;
+    p_s = exp(us) * k.inv_sum_s, p_t = exp(ut) * k.inv_sum_t;
+    d = log_ratio(k, zs, zt) - k.delta;
     d = select(zs <= off, select(zt <= off, V{}, infinity), select(zt <= off, -infinity, d));
   }
 };
@@ -89,8 +89,8 @@ struct LogProbs {
 template <class K>
 struct Robust {
   template <class V>
-  static KD_FN Class<V> terms(const Row<double>& r, V s, V t) {
-    const LogProbs<V> log(r, s, t);
+  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t) {
+    const LogProbs<V> log(k, s, t);
     const V zero{};
     const auto student = log.d <= zero;
     const V d = select(student, log.d, -log.d);
@@ -100,7 +100,7 @@ struct Robust {
     const Sides<V, decltype(near)> sides{
         p, q, select(near, p * e.minus_one, q - p), d, at_least(d, all<V>(Lanes<V>::lowest_exp)),
         e.minus_one, p * e.excess, select(student, log.s, log.t), near};
-    const Terms<V> f = K::terms(sides, r.shape), g = K::Swapped::terms(sides, K::swap(r.shape));
+    const Terms<V> f = K::terms(sides, k.shape), g = K::Swapped::terms(sides, K::swap(k.shape));
     const auto live = p > zero;  // else it contributes nothing, whatever its ratio
     return {select(live, select(student, f.value, g.value), zero),
             select(live, select(student, f.base, g.other), zero),
@@ -111,15 +111,15 @@ struct Robust {
 // Renyi where ab's sum may overflow: in logarithms, with the escort distribution w for gradients.
 struct RenyiFar {
   template <class V>
-  static KD_FN V log_term(const Row<double>& r, const LogProbs<V>& log) {
-    const V mixed = log.t * r.shape.alpha + log.s * (1 - r.shape.alpha);
+  static KD_FN V log_term(const Scalars<double>& k, const LogProbs<V>& log) {
+    const V mixed = log.t * k.shape.alpha + log.s * (1 - k.shape.alpha);
     return select(log.d * log.d < all<V>(beyond), mixed, all<V>(floor_of<double>));
   }
   template <class V>
-  static KD_FN Class<V> terms(const Row<double>& r, V s, V t) {
-    const LogProbs<V> log(r, s, t);
-    const V w = exp(log_term(r, log) - r.log_mixed);
-    const double slope = r.shape.alpha / (r.shape.alpha - 1);
+  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t) {
+    const LogProbs<V> log(k, s, t);
+    const V w = exp(log_term(k, log) - k.log_mixed);
+    const double slope = k.shape.alpha / (k.shape.alpha - 1);
     return {V{}, log.p_s - w, slope * (w - log.p_t), log.p_s, log.p_t};
   }
 };
@@ -127,14 +127,14 @@ struct RenyiFar {
 // No divergence: its weight is 0, or the row is infinite.
 struct Nothing {
   template <class S, class V>
-  static KD_FN Class<V> terms(const Row<S>&, V, V) { return {V{}, V{}, V{}, V{}, V{}}; }
+  static KD_FN Class<V> terms(const Scalars<S>&, V, V) { return {V{}, V{}, V{}, V{}, V{}}; }
 };
 
 // What an infinite cross-entropy or forward KL keeps: the student's gradient, p_s - p_t.
 struct Difference {
   template <class V>
-  static KD_FN Class<V> terms(const Row<double>& r, V s, V t) {
-    const LogProbs<V> log(r, s, t);
+  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t) {
+    const LogProbs<V> log(k, s, t);
     return {V{}, log.p_s - log.p_t, V{}, log.p_s, log.p_t};
   }
 };
@@ -142,6 +142,7 @@ struct Difference {
 template <class C, class S>
 void reduce(Row<S>& r) {
   using V = typename VectorOf<S>::V;
+  const Scalars<S> k = r.k;
   double mass_s = 0, mass_t = 0;
   alignas(64) S buffer_s[block], buffer_t[block];
   for_blocks(r.p.classes, [&](int64_t first, int n) {
@@ -149,7 +150,7 @@ void reduce(Row<S>& r) {
     const S* t = r.teacher.get(first, n, buffer_t);
     V value{}, student{}, teacher{}, p_s{}, p_t{};
     sweep<V>(n, [&](int i, auto w) {
-      const Class<V> c = C::terms(r, read_logits<V>(s + i, w), read_logits<V>(t + i, w));
+      const Class<V> c = C::terms(k, read_logits<V>(s + i, w), read_logits<V>(t + i, w));
       value += c.value, student += c.student, teacher += c.teacher;
       p_s += c.p_s, p_t += c.p_t;
     });
@@ -170,18 +171,18 @@ inline void reduce_renyi_far(Row<double>& r) {
       vd high = all<vd>(most), total{}, off{};
       sweep<vd>(n, [&](int i, auto w) {
         const vd zs = read_logits<vd>(s + i, w);
-        const LogProbs<vd> log(r, zs, read_logits<vd>(t + i, w));
-        const vd term = RenyiFar::log_term(r, log);
+        const LogProbs<vd> log(r.k, zs, read_logits<vd>(t + i, w));
+        const vd term = RenyiFar::log_term(r.k, log);
         if (pass == 0) high = at_least(term, high);
         else total += exp(term - most);
         off += select(zs <= all<vd>(floor_of<double>), log.p_t, vd{});
       });
       most = largest(high), mass += sum(total), lost += sum(off);
     });
-  const double alpha = r.shape.alpha;
-  r.log_mixed = most + __builtin_log(mass);
+  const double alpha = r.k.shape.alpha;
+  r.k.log_mixed = most + __builtin_log(mass);
   const bool infinite = most <= floor_of<double> || (alpha > 1 && lost > 0);
-  r.value = infinite ? __builtin_inf() : r.log_mixed / (alpha - 1);
+  r.value = infinite ? __builtin_inf() : r.k.log_mixed / (alpha - 1);
 }
 
 // What the gradients are multiplied by, per du of either side.
@@ -198,6 +199,7 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   const bool teacher_too = to_t.wanted() || p.row_grads;
   const S centre_s = S(r.centre_s), centre_t = S(r.centre_t);
   const S factor_s = S(scaling.student), factor_t = S(scaling.teacher);
+  const Scalars<S> k = r.k;
   alignas(64) S buffer_s[block], buffer_t[block], out_s[block], out_t[block];
   for_blocks(p.classes, [&](int64_t first, int n) {
     const S* s = r.student.get(first, n, buffer_s);
@@ -207,14 +209,14 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
     V value{}, slope_s{}, slope_t{};
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
-      const Class<V> c = C::terms(r, zs, zt);
+      const Class<V> c = C::terms(k, zs, zt);
       const V du = c.student - c.p_s * centre_s;
       if (with_value) value += c.value;
       write<V>(grad_s + i, w, du * factor_s);
       if (teacher_too) {
         const V dv = c.teacher - c.p_t * centre_t;
         write<V>(grad_t + i, w, dv * factor_t);
-        slope_s += du * (zs - r.max_s), slope_t += dv * (zt - r.max_t);
+        slope_s += du * (zs - k.max_s), slope_t += dv * (zt - k.max_t);
       }
     });
     r.value += sum(value), r.slope_s += sum(slope_s), r.slope_t += sum(slope_t);
@@ -308,7 +310,7 @@ void finish_row(Row<S>& r) {
   const Scaling scaling{saved(p.grad_student) * per_loss / tau_s,
                         saved(p.grad_teacher) * per_loss / tau_t};
   const bool sound = r.sum_s < beyond && (sizeof(S) == 4 || r.sum_t < beyond) &&
-                     r.max_s > floor_of<S> && r.max_t > floor_of<S>;
+                     r.k.max_s > floor_of<S> && r.k.max_t > floor_of<S>;
   if (sound) {
     normalise(r);
     finish_kind<Path>(r, ce, scaling);
