@@ -27,7 +27,10 @@ OUR_COLOURS = {"cpu": "#1f7a5c", "triton": "#1f7a5c", "cuda": "#7fbf3f"}
 
 def newest() -> list[Path]:
     """The newest result of each device."""
-    return [max(folder.glob("*.json")) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()]
+    by_device: dict[Path, Path] = {}
+    for path in sorted(RESULTS.glob("*/*.json")):
+        by_device[path.parent] = path
+    return list(by_device.values())
 
 
 def pairs(result: dict) -> list[tuple[dict, dict]]:

@@ -18,7 +18,7 @@ from kdkernels.bench import measure, rows
 from kdkernels.testing import LOSSES
 
 ROOT = Path(__file__).parents[1]
-KERNELS = [b for b in LOSSES["kl_div"].backends() if b != "reference"]
+KERNELS = [backend for backend in ("cpu",) if backend in LOSSES["kl_div"].backends()]
 
 
 class Operators(TorchDispatchMode):

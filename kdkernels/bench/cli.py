@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shapes", nargs="+", metavar="SHAPE",
         help="the loss's named shapes (default: all of them), or sizes such as 64x100")  # fmt: skip
     add("--dtype", nargs="+", default=["fp32"], choices=DTYPES)
-    add("--backends", nargs="+", choices=BACKENDS, help="default: every kernel that runs here")
+    add("--backends", nargs="+", choices=BACKENDS, help="default: those that auto tries")
     add("--upstream", nargs="+", type=float, default=[1.0], help="upstream gradients")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, help="of torch's CPU pool")

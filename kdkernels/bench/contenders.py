@@ -23,7 +23,7 @@ def contenders(
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """What can compute ``loss`` on a device type, baselines first; and who cannot, and why.
 
-    ``wanted`` names our backends; by default every kernel that runs here.
+    ``wanted`` names our backends; by default those that ``auto`` tries.
     """
     # Earlier shapes would make the compiler generalise, and its kernels slower.
     torch._dynamo.reset()
@@ -33,11 +33,11 @@ def contenders(
         "compile": lambda inputs: compiled(**inputs, **loss.hyper),
     }
     skipped = {}
-    for backend in wanted or BACKENDS[1:]:
+    for backend in wanted or backends.AUTO_ORDER[device_type]:
         ok, reason = backends.verdict(loss.family, backend, device_type)
         if ok:
             calls[backend] = _ours(loss, backend)
-        elif wanted or device_type == "cuda":
+        else:
             skipped[backend] = reason
     if device_type == "cuda":
         for name, adapter in PEERS.items():

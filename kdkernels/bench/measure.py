@@ -152,11 +152,12 @@ def gpu_times(
     sets = [make(seed) for seed in range(min(MOST_SETS, 1 + 2 * cache // size))]
     # The graphs may share their memory: none reads what another has left there.
     pool = torch.cuda.graph_pool_handle()
-    first, functions, notes = {}, {"copy": copies(size, len(sets), "cuda")}, {}
+    first, functions, notes = {}, {}, {}
     for name, call in calls.items():
         steps = [make_step(call, inputs, upstream) for inputs in sets]
         first[name] = steps[0]
         functions[name] = lambda steps=steps: [step() for step in steps]
+    functions["copy"] = copies(size, len(sets), "cuda")
     for name, function in functions.items():
         try:
             functions[name] = _graph(function, pool).replay

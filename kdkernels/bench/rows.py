@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -89,6 +90,7 @@ def _rows(case: Case, settings: Settings) -> Iterator[dict]:
     loss, size, dtype, device = LOSSES[case.loss], case.size(), DTYPES[case.dtype], settings.device
     calls, skipped = contenders(loss, torch.device(device).type, settings.backends)
 
+    @functools.cache
     def make(seed):
         return measure.make_inputs(loss, size, dtype, device, seed)
 
@@ -129,7 +131,6 @@ def _measured(row: dict, loss: Loss, calls, skipped, make, settings: Settings) -
         return _memory(loss, name, call, inputs, row["upstream"], settings.device)
 
     found = _each(calls, skipped, memory)
-    inputs = None  # on a GPU the graphs need its room
     times = {"cpu": measure.cpu_times, "cuda": measure.gpu_times}[
         torch.device(settings.device).type
     ]
