@@ -85,10 +85,12 @@ def test_allocations_are_counted_at_their_peak():
     assert measure.extra_bytes(work, "cpu") == pytest.approx(8000, rel=0.01)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_resident_memory_sees_every_allocation():
     size = 64 * 2**20
-    assert measure.resident_bytes(lambda: bytearray(b"x") * size) == pytest.approx(size, rel=0.1)
+    measured = measure.resident_bytes(lambda: bytearray(b"x") * size)
+    if measured is None:
+        pytest.skip("this system does not tell")
+    assert measured == pytest.approx(size, rel=0.1)
 
 
 def test_contenders_take_turns():

@@ -16,6 +16,7 @@ import gc
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -220,18 +221,23 @@ def _allocated(function: Function) -> int:
     return peak
 
 
-def resident_bytes(function: Function) -> int:
-    """The same of the whole process (Linux): sees a kernel's own buffers, counts in pages."""
+def resident_bytes(function: Function) -> int | None:
+    """The same of the whole process, where Linux tells: sees a kernel's own buffers, in pages."""
 
     def status(key):
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
+    if sys.platform != "linux":
+        return None
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:  # glibc's free lists would hide what is allocated from them
         trim(0)
-    with open("/proc/self/clear_refs", "w") as control:
-        control.write("5")  # resets the peak
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")  # resets the peak
+    except OSError:  # some containers forbid it
+        return None
     before = status("VmRSS")
     function()
     return max(status("VmHWM") - before, 0)

@@ -9,7 +9,6 @@ import inspect
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ def _memory(loss: Loss, name: str, call: Call, inputs, upstream: float, device: 
     inputs["student"].grad = None
     result = {"extra_bytes": measure.extra_bytes(step, device)}
     inputs["student"].grad = None
-    if torch.device(device).type == "cpu" and sys.platform == "linux":
+    if torch.device(device).type == "cpu":
         result["resident_bytes"] = measure.resident_bytes(step)
         inputs["student"].grad = None
     takes_inplace = "inplace" in inspect.signature(loss.function).parameters
