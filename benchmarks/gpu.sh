@@ -5,6 +5,13 @@
 # Needs python3 with torch, triton, pybind11, setuptools and pytest, and a C++ compiler. RESULTS is
 # a folder ($OUT, or runs/gpu, by default). The package is built and used in the source tree.
 set -euo pipefail
+case "${1:-}" in
+  build | test | bench | profile) ;;
+  *)
+    sed -n '3,6s/^# //p' "$0"
+    exit 2
+    ;;
+esac
 cd "$(dirname "$0")/.."
 results=${2:-${OUT:-runs/gpu}}
 mkdir -p "$results"
@@ -15,9 +22,9 @@ build() {
   python3 -m kdkernels info | tee "$results/info.txt"
 }
 
-if [ "${1:-}" != build ] && [ ! -e kdkernels/_build.json ]; then build; fi
+if [ "$1" != build ] && [ ! -e kdkernels/_build.json ]; then build; fi
 
-case "${1:-}" in
+case "$1" in
   build) build ;;
   test)
     # Workers share Triton's cache, and compiling is most of the time.
@@ -48,9 +55,5 @@ case "${1:-}" in
       done
     done
     grep -hE "gpu__time_duration|dram__throughput" "$results"/*.csv || true
-    ;;
-  *)
-    sed -n '3,6s/^# //p' "$0"
-    exit 2
     ;;
 esac
