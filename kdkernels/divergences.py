@@ -51,7 +51,10 @@ def resolve(name: str, kind: str, alpha, beta) -> tuple[str, float, float, float
         number(name, "beta", beta, 0.0, 1.0)
         return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, kind), alpha, beta, 1.0
     if kind in ("skew_forward", "skew_reverse"):
-        number(name, "alpha", alpha, 0.0, 1.0)
+        if not 0.0 <= alpha < 1.0:
+            raise ValueError(f"{name}: alpha must be in [0, 1) for kind={kind!r}, got {alpha}.")
+        if alpha == 0.0:
+            kind = kind.removeprefix("skew_") + "_kl"
     elif kind == "hellinger":
         return "ab", 0.5, 0.5, 0.25
     elif kind == "chi2":

@@ -10,7 +10,8 @@ def number(name: str, argument: str, value, low: float = -math.inf, high: float 
     """A finite Python number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}.")
-    if not (math.isfinite(value) and low <= value <= high):
+    # Comparisons only: torch.compile can trace them where the number has become symbolic.
+    if not (-math.inf < value < math.inf and low <= value <= high):
         expected = "finite" if low == -high == -math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name}: {argument} must be {expected}, got {value}.")
     return float(value)

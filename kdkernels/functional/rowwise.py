@@ -213,7 +213,7 @@ def divergence(
     ==================  ==============================================================  ==========
 
     ``alpha`` and ``beta`` raise ``ValueError`` where the kind does not take them or they are out of
-    range: skew in [0, 1], renyi > 0, ab with alpha, beta and their sum non-zero. The rest as in
+    range: skew in [0, 1), renyi > 0, ab with alpha, beta and their sum non-zero. The rest as in
     :mod:`kdkernels.functional.rowwise`.
     """
     kernel_kind, alpha, beta, weight = divergences.resolve("divergence", kind, alpha, beta)

@@ -8,6 +8,7 @@ gradient asked for, so that the backward has only to scale.
 from __future__ import annotations
 
 import importlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -72,11 +73,11 @@ def _fake(student, teacher, *args):
     reduction, grads = args[-2:]
     dtype = compute_dtype(student, teacher)
     leading = student.shape[:-1]
-    rows = leading.numel() if isinstance(leading, torch.Size) else 1
     loss = student.new_empty(leading if reduction == 0 else (), dtype=dtype)
     grad_student = student.new_empty(student.shape if grads & GRAD_STUDENT else (0,))
     grad_teacher = teacher.new_empty(teacher.shape if grads & GRAD_TEACHER else (0,))
-    rows = student.new_empty((4, rows) if grads & GRAD_ROWS else (0,), dtype=dtype)
+    # math.prod and not Size.numel, which would make the number of rows a constant of the graph.
+    rows = student.new_empty((4, math.prod(leading)) if grads & GRAD_ROWS else (0,), dtype=dtype)
     return loss, grad_student, grad_teacher, rows
 
 
