@@ -35,7 +35,8 @@ DEBUG = os.environ.get("KDKERNELS_DEBUG") == "1"
 SANITIZE = os.environ.get("KDKERNELS_SANITIZE", "")
 COMPILE_ARGS = [
     "-std=c++17", "-O1" if SANITIZE else "-O3", "-ffp-contract=fast", "-fvisibility=hidden",
-    "-Wall", "-Wextra", "-Wno-psabi", f"-ffile-prefix-map={ROOT}=.",
+    "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized",
+    f"-ffile-prefix-map={ROOT}=.",
     *(["-g"] if DEBUG or SANITIZE else ["-g0", "-DNDEBUG"]),
     *([f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []),
 ]  # fmt: skip
@@ -93,6 +94,7 @@ class BuildKernels(build_ext):
                 self.kernel_objects = self.compile_kernels()
             ext.extra_compile_args += COMPILE_ARGS
             ext.extra_link_args, ext.extra_objects = LINK_ARGS, self.kernel_objects
+            ext.depends = [str(p) for p in (ROOT / "csrc").rglob("*.*")]
             ext._needs_stub = False
             super().build_extension(ext)
         except Exception as error:

@@ -13,7 +13,7 @@
 // all in fp32. A row that this cannot hold (fp64 input, -inf on one side, a log-ratio beyond
 // `exact_range`) takes the same steps in double, where log-normalisers are subtracted plainly.
 #include <stdint.h>
-#if KD_BYTES == 64
+#if KD_BYTES > 16  // AVX2 and AVX-512
 #include <immintrin.h>
 #endif
 
