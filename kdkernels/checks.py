@@ -89,8 +89,6 @@ def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: t
 
 def per_row(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype | None):
     """A tensor of shape ``student.shape[:-1]``, flattened; bool where ``dtype`` is None."""
-    if value is None:
-        return None
     _tensor(name, argument, value)
     if value.shape != student.shape[:-1]:
         raise ValueError(
@@ -109,8 +107,6 @@ def per_row(name: str, argument: str, value, student: torch.Tensor, dtype: torch
 
 def labels(name: str, value, student: torch.Tensor, ignore_index: int):
     """Class indices (...) as flat int64, or probabilities (..., C) as they are."""
-    if value is None:
-        return None
     _tensor(name, "labels", value)
     _same_device(name, "labels", value, student)
     classes = student.shape[-1]

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from kdkernels import backends, functional
 from kdkernels.divergences import KINDS, REDUCTIONS
-from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER, Spec
+from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER, Spec, arguments
 from kdkernels.testing import LOSSES, gradients
 
 pytestmark = pytest.mark.skipif(
@@ -21,8 +21,8 @@ OPS = torch.ops.kdkernels
 
 def spec(reduction="batchmean", ce_weight=0.0):
     return Spec(
-        2.0, 2.0, KINDS.index("js"), 0.0, 0.5, 1.0, ce_weight, 0.1, -100, True,
-        REDUCTIONS.index(reduction),
+        2.0, 2.0, KINDS.index("js"), True, REDUCTIONS.index(reduction), beta=0.5,
+        ce_weight=ce_weight, label_smoothing=0.1,
     )  # fmt: skip
 
 
@@ -38,9 +38,10 @@ def test_opcheck(dtype, grads, reduction):
         (None, None, None, None, None),
         (labels, mask, weight, temperature, temperature),
     ):
-        arguments = (student, teacher, *options, *spec(reduction, 0.5 * (options[0] is not None)))
-        torch.library.opcheck(OPS.rowwise.default, (*arguments, grads))
-        torch.library.opcheck(OPS.rowwise_inplace.default, (*arguments, grads))
+        ce_weight = 0.5 * (options[0] is not None)
+        rest = arguments(spec(reduction, ce_weight), grads, *options)
+        torch.library.opcheck(OPS.rowwise.default, (student, teacher, *rest))
+        torch.library.opcheck(OPS.rowwise_inplace.default, (student, teacher, *rest))
 
 
 @pytest.mark.parametrize("factor", [None, torch.rand(6)])

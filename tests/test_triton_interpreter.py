@@ -340,8 +340,15 @@ class TestInterpreted:
         check(torch.compile(F.reverse_kl_div, backend="aot_eager", fullgraph=True),
               {"student": student}, teacher=teacher)  # fmt: skip
         labels = torch.tensor([1, 2, 3, -100, 4, 5])
-        spec = ops.rowwise.Spec(2.0, 2.0, 0, 0.0, 0.0, 0.9, 0.1, 0.1, -100, True, 2)
-        arguments = student, teacher, labels, None, torch.rand(6), None, None, *spec
+        spec = ops.rowwise.Spec(2.0, 2.0, 0, True, 2, 0.0, 0.0, 0.9, 0.1, 0.1)
+
+        def arguments(grads):
+            return (
+                student,
+                teacher,
+                *ops.rowwise.arguments(spec, grads, labels, None, torch.rand(6)),
+            )
+
         registered = torch.ops.kdkernels
-        torch.library.opcheck(registered.rowwise_triton.default, (*arguments, 7))
-        torch.library.opcheck(registered.rowwise_triton_inplace.default, (*arguments, 1))
+        torch.library.opcheck(registered.rowwise_triton.default, arguments(7))
+        torch.library.opcheck(registered.rowwise_triton_inplace.default, arguments(1))

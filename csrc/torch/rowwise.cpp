@@ -183,12 +183,12 @@ kd::RowwiseParams params(int64_t kind, double alpha, double beta, double kd_weig
 }
 
 // Arguments as in the schema.
-#define KD_ROWWISE_ARGUMENTS                                                                 \
-  std::optional<Tensor> labels, std::optional<Tensor> mask, std::optional<Tensor> row_weight, \
-      std::optional<Tensor> temperatures, std::optional<Tensor> teacher_temperatures,        \
-      double temperature, double teacher_temperature, int64_t kind, double alpha, double beta, \
-      double kd_weight, double ce_weight, double label_smoothing, int64_t ignore_index,      \
-      bool t2, int64_t reduction, int64_t grads
+#define KD_ROWWISE_ARGUMENTS                                                                  \
+  double temperature, double teacher_temperature, int64_t kind, bool t2, int64_t reduction,   \
+      int64_t grads, std::optional<Tensor> labels, std::optional<Tensor> mask,                \
+      std::optional<Tensor> row_weight, std::optional<Tensor> temperatures,                   \
+      std::optional<Tensor> teacher_temperatures, double alpha, double beta,                  \
+      double kd_weight, double ce_weight, double label_smoothing, int64_t ignore_index
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rowwise(Tensor student, Tensor teacher,
                                                    KD_ROWWISE_ARGUMENTS) {

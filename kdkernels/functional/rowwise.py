@@ -42,8 +42,10 @@ from kdkernels import backends, checks, divergences, ops, reference
 
 # Suites whose KL is the paper's up to `scale` and `reduction`, and suites that leave out the
 # teacher's entropy (the student's gradient is the same).
-_KL_COMPAT = ("paper", "mdistiller", "repdistiller", "torchdistill", "mmrazor", "trl", "distillkit")
-_CROSS_ENTROPY_COMPAT = ("textbrewer", "cls_kd", "torchtune")
+_KL_COMPAT = dict.fromkeys(
+    ("paper", "mdistiller", "repdistiller", "torchdistill", "mmrazor", "trl", "distillkit"),
+    "forward_kl",
+) | dict.fromkeys(("textbrewer", "cls_kd", "torchtune"), "cross_entropy")
 
 
 def kl_div(
@@ -81,8 +83,7 @@ def kl_div(
                                        ``reduction="sum"``
     =================================  ==========================================================
     """
-    checks.choice("kl_div", "compat", compat, _KL_COMPAT + _CROSS_ENTROPY_COMPAT)
-    kind = "cross_entropy" if compat in _CROSS_ENTROPY_COMPAT else "forward_kl"
+    kind = _KL_COMPAT.get(compat) or checks.choice("kl_div", "compat", compat, tuple(_KL_COMPAT))
     return _rowwise(
         "kl_div", kind, student, teacher, labels, temperature, teacher_temperature, scale,
         reduction, mask, ignore_index, row_weight, inplace, backend,
@@ -304,12 +305,16 @@ def _rowwise(
         teacher_value, teacher_tensor = checks.temperature(
             name, "teacher_temperature", teacher_temperature, student, dtype
         )
-    labels = checks.labels(name, labels, student, ignore_index)
-    mask = checks.per_row(name, "mask", mask, student, None)
-    row_weight = checks.per_row(name, "row_weight", row_weight, student, dtype)
+    if labels is not None:
+        labels = checks.labels(name, labels, student, ignore_index)
+    if mask is not None:
+        mask = checks.per_row(name, "mask", mask, student, None)
+    if row_weight is not None:
+        row_weight = checks.per_row(name, "row_weight", row_weight, student, dtype)
     spec = ops.rowwise.Spec(
-        value, teacher_value, divergences.KINDS.index(kind), alpha, beta, kd_weight, ce_weight,
-        label_smoothing, ignore_index, scale == "t2", divergences.REDUCTIONS.index(reduction),
+        value, teacher_value, divergences.KINDS.index(kind), scale == "t2",
+        divergences.REDUCTIONS.index(reduction), alpha, beta, kd_weight, ce_weight,
+        label_smoothing, ignore_index,
     )  # fmt: skip
     if inplace:
         checks.inplace(name, student)

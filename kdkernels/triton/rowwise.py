@@ -117,11 +117,13 @@ def _addressable(x: Tensor) -> Tensor:
     return x if row_layout(x) is not None else x.contiguous()
 
 
-def _launch(student, teacher, labels, mask, row_weight, temperatures, teacher_temperatures, *rest,
-            inplace=False):  # fmt: skip
+def _launch(
+    student, teacher, temperature, teacher_temperature, kind, t2, reduction, grads, labels=None,
+    mask=None, row_weight=None, temperatures=None, teacher_temperatures=None, *rest,
+    inplace=False,
+):  # fmt: skip
     """Run the kernel; return its outputs, those not asked for of size 0."""
-    *numbers, grads = rest
-    spec = Spec(*numbers)
+    spec = Spec(temperature, teacher_temperature, kind, t2, reduction, *rest)
     valid = mask
     if labels is not None and labels.dtype == torch.int64:
         counts = labels != spec.ignore_index

@@ -146,9 +146,13 @@ KD_FN vd expm1_tail(vd f) {
 }
 
 template <class V>
+KD_FN V magnitude(V x) {
+  return (V)((typename Lanes<V>::I)x & Lanes<V>::magnitude);
+}
+// Where expm1(x) may be had from its series, x + x^2 expm1_tail(x).
+template <class V>
 KD_FN auto is_near(V x) {
-  using S = typename Lanes<V>::S;
-  return (x < all<V>(S(0.34))) & (x > all<V>(S(-0.34)));
+  return magnitude(x) < all<V>(0.34);
 }
 
 // x = n ln 2 + f; 2^n; f^2 q(f).

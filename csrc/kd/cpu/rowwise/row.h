@@ -25,6 +25,7 @@ struct Row {
   // measured
   S lowest, highest;            // of u_t - u_s
   double sum_s, sum_t, excess;  // S; sum exp(u_t), in double only; A
+  double sum_plain;             // sum exp(z_s - max), for the cross-entropy if it is wanted
   // reduced: f, p_s df/dp_s, p_t df/dp_t
   double value = 0, centre_s = 0, centre_t = 0;
   // emitted: sums of du (z - max), for the temperatures
@@ -77,20 +78,21 @@ KD_FN V log_ratio(const Scalars<S>& k, V s, V t) {
   return select(s + t <= all<V>(2 * floor_of<S>), V{}, d);
 }
 
-template <class S>
+// `plain`: the cross-entropy's normaliser too.
+template <bool plain, class S>
 void measure(Row<S>& r) {
   using V = typename VectorOf<S>::V;
   r.k.max_s = r.k.max_t = floor_of<S>;
   r.lowest = r.highest = 0;
-  r.sum_s = r.sum_t = r.excess = 0;
+  r.sum_s = r.sum_t = r.excess = r.sum_plain = 0;
   alignas(64) S buffer_s[block], buffer_t[block];
   for_blocks(r.p.classes, [&](int64_t first, int n) {
     const S* s = r.student.get(first, n, buffer_s);
     const S* t = r.teacher.get(first, n, buffer_t);
     V high_s = all<V>(r.k.max_s), high_t = all<V>(r.k.max_t);
     sweep<V>(n, [&](int i, auto w) {
-      high_s = at_least(read_logits<V>(s + i, w), high_s);
-      high_t = at_least(read_logits<V>(t + i, w), high_t);
+      high_s = at_least(read<V>(s + i, w, floor_of<S>), high_s);
+      high_t = at_least(read<V>(t + i, w, floor_of<S>), high_t);
     });
     const double fall_s = ((double)r.k.max_s - largest(high_s)) * r.k.inv_ts;
     const double fall_t = ((double)r.k.max_t - largest(high_t)) * r.k.inv_tt;
@@ -101,10 +103,11 @@ void measure(Row<S>& r) {
       const double shift = fall_t - fall_s, scale = __builtin_exp(fall_s);
       r.excess = scale * (r.excess * __builtin_exp(shift) + r.sum_s * __builtin_expm1(shift));
       r.sum_s *= scale, r.sum_t *= __builtin_exp(fall_t);
+      r.sum_plain *= __builtin_exp(fall_s / r.k.inv_ts);
       r.lowest += (S)shift, r.highest += (S)shift;
     }
     const Scalars<S> k = r.k;
-    V sum_s{}, sum_t{}, excess{}, low = all<V>(r.lowest), high = all<V>(r.highest);
+    V sum_s{}, sum_t{}, excess{}, sum_plain{}, low = all<V>(r.lowest), high = all<V>(r.highest);
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
       const V d = log_ratio(k, zs, zt);
@@ -112,10 +115,12 @@ void measure(Row<S>& r) {
       const V exp_t = exp_at_rate(zt - k.max_t, k.rate_t);
       low = at_most(d, low), high = at_least(d, high);
       sum_s += exp_s;
+      if constexpr (plain) sum_plain += exp_at_rate(zs - k.max_s, exp_rate<S>(1));
       if constexpr (sizeof(S) == 8) sum_t += exp_t;
       else excess += select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
     });
     r.sum_s += sum(sum_s), r.sum_t += sum(sum_t), r.excess += sum(excess);
+    r.sum_plain += sum(sum_plain);
     r.lowest = -largest(-low), r.highest = largest(high);
   });
 }

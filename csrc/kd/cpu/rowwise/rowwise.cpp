@@ -340,6 +340,12 @@ void skip_row(const RowwiseParams& p, int64_t i) {
   for (int k = 0; p.row_grads && k < 4; k++) p.row_grads[k * p.rows + i] = 0;
 }
 
+template <class S>
+void measure_row(Row<S>& r) {
+  if (r.p.ce_weight != 0) measure<true>(r);
+  else measure<false>(r);
+}
+
 void rowwise(const RowwiseParams& p, int64_t begin, int64_t end) {
   const bool in_double = p.student.dtype == DType::float64 || p.teacher.dtype == DType::float64;
   const bool zero_teacher = takes_zero_teacher(p.kind);
@@ -350,14 +356,14 @@ void rowwise(const RowwiseParams& p, int64_t begin, int64_t end) {
     }
     if (!in_double) {
       Row<float> row(p, i);
-      measure(row);
+      measure_row(row);
       if (is_exact(row, zero_teacher)) {
         finish_row<Exact>(row);
         continue;
       }
     }
     Row<double> row(p, i);
-    measure(row);
+    measure_row(row);
     finish_row<Robust>(row);
   }
 }
