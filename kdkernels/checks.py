@@ -105,13 +105,16 @@ def per_row(name: str, argument: str, value, student: torch.Tensor, dtype: torch
     return value.reshape(-1).to(dtype).contiguous()
 
 
-def labels(name: str, value, student: torch.Tensor, ignore_index: int):
-    """Class indices (...) as flat int64, or probabilities (..., C) as they are."""
+def labels(name: str, value, student: torch.Tensor, ignore_index: int, read: bool):
+    """Class indices (...) as flat int64, or probabilities (..., C) as they are.
+
+    Without ``read`` their values are left to the kernel to check.
+    """
     _tensor(name, "labels", value)
     _same_device(name, "labels", value, student)
     classes = student.shape[-1]
     if value.dtype in _INTEGERS and value.shape == student.shape[:-1]:
-        if value.numel() and _readable(value):
+        if read and value.numel() and _readable(value):
             low, high = value.aminmax()
             if not (0 <= low and high < classes):
                 bad = value[((value < 0) | (value >= classes)) & (value != ignore_index)]
@@ -148,3 +151,10 @@ def inplace(name: str, student: torch.Tensor) -> None:
         raise ValueError(
             f"{name}: inplace=True needs student logits that do not overlap in memory."
         )
+
+
+def raise_for_labels(name: str, error: RuntimeError) -> None:
+    """Raise what a compiled operator found wrong with the labels as a ValueError."""
+    _, found, rest = str(error).partition("labels must be")
+    if found:
+        raise ValueError(f"{name}: {found}{rest.splitlines()[0]}") from None

@@ -79,17 +79,27 @@ kd::RowScalar scalar_of(const std::optional<Tensor>& t, double value) {
 enum Reduction { none, sum, batchmean, mean };  // REDUCTIONS in kdkernels/ops/rowwise.py
 enum Gradients { of_student = 1, of_teacher = 2, of_rows = 4 };
 
-// Contiguous and uninitialised. Four of these are most of a small call's cost: this entry point,
-// unlike `new_empty`, does not go through the dispatcher.
-Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+// Uninitialised. Four of these are most of a small call's cost: this entry point, unlike
+// `new_empty`, does not go through the dispatcher.
+Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// In the place of an output that is not asked for.
+Tensor nothing(ScalarType dtype) {
+  const int64_t size = 0, stride = 1;
+  return empty(1, &size, &stride, dtype);
+}
+
+Tensor contiguous(const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0; stride *= shape[d] > 1 ? shape[d] : 1) strides[d] = stride;
-  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      shape.size(), shape.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty(shape.size(), shape.data(), strides.data(), dtype);
 }
 
 std::vector<int64_t> leading(const Tensor& t, int64_t dims) {
@@ -99,8 +109,8 @@ std::vector<int64_t> leading(const Tensor& t, int64_t dims) {
 }
 
 Tensor gradient_for(const Tensor& logits, bool wanted, kd::Rows& rows) {
-  if (!wanted) return empty({0}, logits.scalar_type());
-  Tensor grad = empty(leading(logits, logits.dim()), logits.scalar_type());
+  if (!wanted) return nothing(logits.scalar_type());
+  Tensor grad = contiguous(leading(logits, logits.dim()), logits.scalar_type());
   as_rows(grad, rows);
   kd::advise_huge_pages(rows.data, grad.numel() * kd::size_of(rows.dtype));
   return grad;
@@ -133,7 +143,13 @@ Result run(
   int64_t count = p.rows;
   if (p.mask || p.labels) {
     count = 0;
-    for (int64_t i = 0; i < p.rows; i++) count += kd::row_counts(p, i);
+    for (int64_t i = 0; i < p.rows; i++) {
+      const bool counts = kd::row_counts(p, i);
+      count += counts;
+      STD_TORCH_CHECK(!counts || !p.labels || (p.labels[i] >= 0 && p.labels[i] < p.classes),
+                      "labels must be in [0, ", p.classes, ") or ignore_index (", p.ignore_index,
+                      "), got ", p.labels[i], ".");
+    }
   }
   const double rows_that_count = count > 0 ? count : 1;
   if (reduction == batchmean) p.factor = 1 / rows_that_count;
@@ -159,9 +175,9 @@ Result run(
       else static_cast<float*>(data)[i] = static_cast<float>(from[i] * factor);
     }
   };
-  Tensor rows = grads & of_rows ? empty({4, p.rows}, dtype) : empty({0}, dtype);
+  Tensor rows = grads & of_rows ? contiguous({4, p.rows}, dtype) : nothing(dtype);
   if (p.row_grads) store(rows, p.row_grads, 4 * p.rows, 1);
-  Tensor loss = empty(leading(student, reduction == none ? last : 0), dtype);
+  Tensor loss = contiguous(leading(student, reduction == none ? last : 0), dtype);
   if (reduction == none) {
     store(loss, p.row_loss, p.rows, 1);
   } else {

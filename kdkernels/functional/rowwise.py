@@ -305,8 +305,9 @@ def _rowwise(
         teacher_value, teacher_tensor = checks.temperature(
             name, "teacher_temperature", teacher_temperature, student, dtype
         )
+    backend = backends.select("rowwise", student.device.type, backend)
     if labels is not None:
-        labels = checks.labels(name, labels, student, ignore_index)
+        labels = checks.labels(name, labels, student, ignore_index, read=backend != "cpu")
     if mask is not None:
         mask = checks.per_row(name, "mask", mask, student, None)
     if row_weight is not None:
@@ -318,14 +319,17 @@ def _rowwise(
     )  # fmt: skip
     if inplace:
         checks.inplace(name, student)
-    backend = backends.select("rowwise", student.device.type, backend)
     if backend == "reference":
         if inplace:
             raise NotImplementedError(f"{name}: inplace=True needs a kernel, not the reference.")
         return reference.rowwise(
             student, teacher, labels, mask, row_weight, tensor, teacher_tensor, spec
         )
-    return ops.rowwise.apply(
-        name, backend, student, teacher, labels, mask, row_weight, tensor, teacher_tensor, spec,
-        inplace,
-    )  # fmt: skip
+    try:
+        return ops.rowwise.apply(
+            name, backend, student, teacher, labels, mask, row_weight, tensor, teacher_tensor,
+            spec, inplace,
+        )  # fmt: skip
+    except RuntimeError as error:
+        checks.raise_for_labels(name, error)
+        raise

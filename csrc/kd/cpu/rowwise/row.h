@@ -26,6 +26,7 @@ struct Row {
   S lowest, highest;            // of u_t - u_s
   double sum_s, sum_t, excess;  // S; sum exp(u_t), in double only; A
   double sum_plain;             // sum exp(z_s - max), for the cross-entropy if it is wanted
+  alignas(64) S exp_s[block], exp_t[block];  // exp(u_s) and exp(u_t) of one block
   // reduced: f, p_s df/dp_s, p_t df/dp_t
   double value = 0, centre_s = 0, centre_t = 0;
   // emitted: sums of du (z - max), for the temperatures
@@ -114,6 +115,7 @@ void measure(Row<S>& r) {
       const V exp_s = exp_at_rate(zs - k.max_s, k.rate_s);
       const V exp_t = exp_at_rate(zt - k.max_t, k.rate_t);
       low = at_most(d, low), high = at_least(d, high);
+      write<V>(r.exp_s + i, w, exp_s), write<V>(r.exp_t + i, w, exp_t);
       sum_s += exp_s;
       if constexpr (plain) sum_plain += exp_at_rate(zs - k.max_s, exp_rate<S>(1));
       if constexpr (sizeof(S) == 8) sum_t += exp_t;
@@ -122,5 +124,17 @@ void measure(Row<S>& r) {
     r.sum_s += sum(sum_s), r.sum_t += sum(sum_t), r.excess += sum(excess);
     r.sum_plain += sum(sum_plain);
     r.lowest = -largest(-low), r.highest = largest(high);
+  });
+}
+
+// exp(u_s) and exp(u_t) of a block; those of a row's only block are still there from `measure`.
+template <class S>
+void exponentials(Row<S>& r, int n, const S* s, const S* t) {
+  if (r.p.classes <= block) return;
+  using V = typename VectorOf<S>::V;
+  const Scalars<S> k = r.k;
+  sweep<V>(n, [&](int i, auto w) {
+    write<V>(r.exp_s + i, w, exp_at_rate(read_logits<V>(s + i, w) - k.max_s, k.rate_s));
+    write<V>(r.exp_t + i, w, exp_at_rate(read_logits<V>(t + i, w) - k.max_t, k.rate_t));
   });
 }

@@ -35,10 +35,9 @@ inline bool is_exact(const Row<float>& r, bool zero_teacher) {
 }
 
 inline void normalise(Row<float>& r) {
-  const double sum_t = r.sum_s + r.excess;
   r.k.delta = (float)__builtin_log1p(r.excess / r.sum_s);
-  r.k.inv_sum_s = (float)(1 / r.sum_s), r.k.inv_sum_t = (float)(1 / sum_t);
-  r.k.log_sum_s = (float)__builtin_log(r.sum_s), r.k.log_sum_t = (float)__builtin_log(sum_t);
+  r.k.inv_sum_s = (float)(1 / r.sum_s), r.k.inv_sum_t = (float)(1 / (r.sum_s + r.excess));
+  r.k.log_sum_s = (float)__builtin_log(r.sum_s);
 }
 inline void normalise(Row<double>& r) {
   r.k.inv_sum_s = 1 / r.sum_s, r.k.inv_sum_t = 1 / r.sum_t;
@@ -56,9 +55,8 @@ struct Class {
 template <class K>
 struct Exact {
   template <class V>
-  static KD_FN Class<V> terms(const Scalars<float>& k, V s, V t) {
-    const V p = exp_at_rate(s - k.max_s, k.rate_s) * k.inv_sum_s;
-    const V direct = exp_at_rate(t - k.max_t, k.rate_t) * k.inv_sum_t;
+  static KD_FN Class<V> terms(const Scalars<float>& k, V s, V t, V exp_s, V exp_t) {
+    const V p = exp_s * k.inv_sum_s, direct = exp_t * k.inv_sum_t;
     const V log_p = (s - k.max_s) * k.inv_ts - k.log_sum_s;
     const V d = log_ratio(k, s, t) - k.delta;
     const auto near = is_near(d);
@@ -75,11 +73,11 @@ struct Exact {
 template <class V>
 struct LogProbs {
   V s, t, p_s, p_t, d;  // d = t - s; infinite where one side is off
-  KD_FN LogProbs(const Scalars<double>& k, V zs, V zt) {
+  KD_FN LogProbs(const Scalars<double>& k, V zs, V zt, V exp_s, V exp_t) {
     const V us = (zs - k.max_s) * k.inv_ts, ut = (zt - k.max_t) * k.inv_tt;
     const V off = all<V>(floor_of<double>), infinity = all<V>(__builtin_inf());
     s = us - k.log_sum_s, t = ut - k.log_sum_t;
-    p_s = exp(us) * k.inv_sum_s, p_t = exp(ut) * k.inv_sum_t;
+    p_s = exp_s * k.inv_sum_s, p_t = exp_t * k.inv_sum_t;
     d = log_ratio(k, zs, zt) - k.delta;
     d = select(zs <= off, select(zt <= off, V{}, infinity), select(zt <= off, -infinity, d));
   }
@@ -89,8 +87,8 @@ struct LogProbs {
 template <class K>
 struct Robust {
   template <class V>
-  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t) {
-    const LogProbs<V> log(k, s, t);
+  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V exp_s, V exp_t) {
+    const LogProbs<V> log(k, s, t, exp_s, exp_t);
     const V zero{};
     const auto student = log.d <= zero;
     const V d = select(student, log.d, -log.d);
@@ -116,8 +114,8 @@ struct RenyiFar {
     return select(log.d * log.d < all<V>(beyond), mixed, all<V>(floor_of<double>));
   }
   template <class V>
-  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t) {
-    const LogProbs<V> log(k, s, t);
+  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V exp_s, V exp_t) {
+    const LogProbs<V> log(k, s, t, exp_s, exp_t);
     const V w = exp(log_term(k, log) - k.log_mixed);
     const double slope = k.shape.alpha / (k.shape.alpha - 1);
     return {V{}, log.p_s - w, slope * (w - log.p_t), log.p_s, log.p_t};
@@ -127,14 +125,14 @@ struct RenyiFar {
 // No divergence: its weight is 0, or the row is infinite.
 struct Nothing {
   template <class S, class V>
-  static KD_FN Class<V> terms(const Scalars<S>&, V, V) { return {V{}, V{}, V{}, V{}, V{}}; }
+  static KD_FN Class<V> terms(const Scalars<S>&, V, V, V, V) { return {V{}, V{}, V{}, V{}, V{}}; }
 };
 
 // What an infinite cross-entropy or forward KL keeps: the student's gradient, p_s - p_t.
 struct Difference {
   template <class V>
-  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t) {
-    const LogProbs<V> log(k, s, t);
+  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V exp_s, V exp_t) {
+    const LogProbs<V> log(k, s, t, exp_s, exp_t);
     return {V{}, log.p_s - log.p_t, V{}, log.p_s, log.p_t};
   }
 };
@@ -142,15 +140,18 @@ struct Difference {
 template <class C, class S>
 void reduce(Row<S>& r) {
   using V = typename VectorOf<S>::V;
-  const Scalars<S> k = r.k;
   double mass_s = 0, mass_t = 0;
   alignas(64) S buffer_s[block], buffer_t[block];
   for_blocks(r.p.classes, [&](int64_t first, int n) {
     const S* s = r.student.get(first, n, buffer_s);
     const S* t = r.teacher.get(first, n, buffer_t);
+    const Scalars<S> k = r.k;
+    exponentials(r, n, s, t);
     V value{}, student{}, teacher{}, p_s{}, p_t{};
     sweep<V>(n, [&](int i, auto w) {
-      const Class<V> c = C::terms(k, read_logits<V>(s + i, w), read_logits<V>(t + i, w));
+      const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
+      const Class<V> c = C::terms(k, zs, zt, read<V>(r.exp_s + i, w, S(0)),
+                                  read<V>(r.exp_t + i, w, S(0)));
       value += c.value, student += c.student, teacher += c.teacher;
       p_s += c.p_s, p_t += c.p_t;
     });
@@ -171,7 +172,9 @@ inline void reduce_renyi_far(Row<double>& r) {
       vd high = all<vd>(most), total{}, off{};
       sweep<vd>(n, [&](int i, auto w) {
         const vd zs = read_logits<vd>(s + i, w);
-        const LogProbs<vd> log(r.k, zs, read_logits<vd>(t + i, w));
+        const vd zt = read_logits<vd>(t + i, w);
+        const LogProbs<vd> log(r.k, zs, zt, exp_at_rate(zs - r.k.max_s, r.k.rate_s),
+                               exp_at_rate(zt - r.k.max_t, r.k.rate_t));
         const vd term = RenyiFar::log_term(r.k, log);
         if (pass == 0) high = at_least(term, high);
         else total += exp(term - most);
@@ -196,20 +199,23 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   const RowwiseParams& p = r.p;
   const RowWriter<S> to_s(p.grad_student, r.index, p.grad_student.data == p.student.data);
   const RowWriter<S> to_t(p.grad_teacher, r.index, false);
-  const bool teacher_too = to_t.wanted() || p.row_grads;
-  const S centre_s = S(r.centre_s), centre_t = S(r.centre_t);
-  const S factor_s = S(scaling.student), factor_t = S(scaling.teacher);
-  const Scalars<S> k = r.k;
   alignas(64) S buffer_s[block], buffer_t[block], out_s[block], out_t[block];
   for_blocks(p.classes, [&](int64_t first, int n) {
     const S* s = r.student.get(first, n, buffer_s);
     const S* t = r.teacher.get(first, n, buffer_t);
     S* grad_s = to_s.wanted() ? to_s.at(first, out_s) : out_s;
     S* grad_t = to_t.wanted() ? to_t.at(first, out_t) : out_t;
+    // Copies that no store can alias.
+    const Scalars<S> k = r.k;
+    const S centre_s = S(r.centre_s), centre_t = S(r.centre_t);
+    const S factor_s = S(scaling.student), factor_t = S(scaling.teacher);
+    exponentials(r, n, s, t);
+    const bool teacher_too = to_t.wanted() || p.row_grads;
     V value{}, slope_s{}, slope_t{};
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
-      const Class<V> c = C::terms(k, zs, zt);
+      const Class<V> c = C::terms(k, zs, zt, read<V>(r.exp_s + i, w, S(0)),
+                                  read<V>(r.exp_t + i, w, S(0)));
       const V du = c.student - c.p_s * centre_s;
       if (with_value) value += c.value;
       write<V>(grad_s + i, w, du * factor_s);
@@ -219,7 +225,8 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
         slope_s += du * (zs - k.max_s), slope_t += dv * (zt - k.max_t);
       }
     });
-    r.value += sum(value), r.slope_s += sum(slope_s), r.slope_t += sum(slope_t);
+    if (with_value) r.value += sum(value);
+    if (teacher_too) r.slope_s += sum(slope_s), r.slope_t += sum(slope_t);
     if (to_s.wanted()) {
       if (ce.wanted) ce.emit(r, first, n, s, grad_s);
       to_s.flush(first, n, grad_s);
