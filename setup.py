@@ -128,7 +128,7 @@ class BuildKernels(build_ext):
             sources, folder, macros, flags = job
             return self.compiler.compile(
                 sources, output_dir=os.path.join(self.build_temp, folder), macros=macros,
-                extra_postargs=COMPILE_ARGS + ["-fPIC", *flags],
+                extra_postargs=[*COMPILE_ARGS, "-fPIC", *flags],
             )  # fmt: skip
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:

@@ -55,7 +55,7 @@ def info() -> dict[str, Any]:
     return {
         "kdkernels": kdkernels.__version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numpy": _version("numpy"),

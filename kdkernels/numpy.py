@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rowwise losses and their gradients on NumPy arrays: the CPU kernels without torch.
 
-Bit for bit what the ``cpu`` backend computes on the same values. Arrays are float64, float32 or
+Bit for bit what the ``cpu`` backend computes on the same values, except where torch goes on to round
+a sum: a scalar temperature's gradient, and the logits' in fp16. Arrays are float64, float32 or
 float16, of any strides; logits are ``(..., C)`` and the leading dimensions rows. The other
 arguments mean what they mean in ``kdkernels.functional``.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     _native, _reason = None, str(error)
 
 _FLOATS = (np.float64, np.float32, np.float16)
+_MOST_THREADS = 1024
 
 
 class Gradients(NamedTuple):
@@ -90,37 +94,55 @@ def kd_loss(
     )  # fmt: skip
 
 
-def _per_row(name: str, argument: str, value, rows: tuple[int, ...], dtype) -> np.ndarray:
-    value = np.asarray(value, dtype=dtype)
-    if value.shape != rows and value.size != 1:
-        raise ValueError(f"{name}: {argument} must have shape {rows}, got {value.shape}.")
-    return np.ascontiguousarray(value.reshape(-1))
+def _per_row(name: str, argument: str, value, rows: tuple[int, ...], kinds: str) -> np.ndarray:
+    """An array of the rows' shape, flat, and float64 unless it is bool."""
+    value = np.asarray(value)
+    if value.dtype.kind not in kinds:
+        expected = "bool" if kinds == "b" else "floating-point"
+        raise TypeError(f"{name}: {argument} must be {expected}, got {value.dtype}.")
+    if value.shape != rows:
+        raise ValueError(
+            f"{name}: {argument} must have the shape of the rows {rows}, got {value.shape}."
+        )
+    return np.require(value.reshape(-1), bool if kinds == "b" else np.float64, "CA")
 
 
 def _temperature(name: str, argument: str, value, rows: tuple[int, ...]) -> np.ndarray:
-    value = _per_row(name, argument, value, rows, np.float64)
-    if not np.all((value > 0) & np.isfinite(value)):
-        raise ValueError(f"{name}: {argument} must be positive and finite, got {value.min()}.")
-    return value
+    value = np.asarray(value)
+    if value.dtype.kind not in ("fiu" if value.ndim == 0 else "f"):
+        raise TypeError(
+            f"{name}: {argument} must be a number or a floating-point array, got {value.dtype}."
+        )
+    if value.size != 1 and value.shape != rows:
+        raise ValueError(
+            f"{name}: {argument} must have one element or the shape of the rows {rows}, "
+            f"got {value.shape}."
+        )
+    good = (value > 0) & np.isfinite(value)
+    if not good.all():
+        raise ValueError(
+            f"{name}: {argument} must be positive and finite, got {value[~good].flat[0]}."
+        )
+    return np.require(value.reshape(-1), np.float64, "CA")
 
 
 def _labels(name: str, labels, student: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Class indices, flat, or probabilities ``(N, C)``."""
     labels = np.asarray(labels)
     rows, classes = student.shape[:-1], student.shape[-1]
     if labels.dtype.kind in "iu" and labels.shape == rows:
-        bad = labels[((labels < 0) | (labels >= classes)) & (labels != ignore_index)]
-        if bad.size:
-            raise ValueError(
-                f"{name}: labels must be in [0, {classes}) or ignore_index ({ignore_index}), "
-                f"got {bad[0]}."
-            )
-        return np.ascontiguousarray(labels.reshape(-1), dtype=np.int64)
+        return np.require(labels.reshape(-1), np.int64, "CA")
     if labels.dtype in _FLOATS and labels.shape == student.shape:
-        return labels.reshape(-1, classes)
+        return _matrix(labels)
     raise ValueError(
         f"{name}: labels must be integers of shape {rows} or probabilities of shape "
         f"{student.shape}, got {labels.dtype} of shape {labels.shape}."
     )
+
+
+def _matrix(array: np.ndarray) -> np.ndarray:
+    """``(..., C)`` as ``(N, C)``; copied only where strides or alignment leave no choice."""
+    return np.require(array.reshape(-1, array.shape[-1]), requirements="A")
 
 
 def _rowwise(
@@ -143,42 +165,53 @@ def _rowwise(
         raise ValueError(f"{name}: student must have shape (..., C), C >= 1, got {student.shape}.")
     choice(name, "scale", scale, divergences.SCALES)
     choice(name, "reduction", reduction, divergences.REDUCTIONS)
+    for argument, value in (("ignore_index", ignore_index), ("threads", threads)):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise TypeError(f"{name}: {argument} must be an integer, got {type(value).__name__}.")
+    if not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"{name}: threads must be in [1, {_MOST_THREADS}], got {threads}.")
     rows, classes = student.shape[:-1], student.shape[-1]
     if teacher_temperature is None:
         teacher_temperature = temperature
-    valid = np.ones(rows, dtype=bool)
+    valid = np.ones(rows, dtype=bool).reshape(-1)
     if mask is not None:
-        if np.asarray(mask).dtype != bool:
-            raise TypeError(f"{name}: mask must be bool, got {np.asarray(mask).dtype}.")
-        valid &= _per_row(name, "mask", mask, rows, bool).reshape(rows)
+        valid &= _per_row(name, "mask", mask, rows, "b")
     if labels is not None:
         labels = _labels(name, labels, student, ignore_index)
         if labels.ndim == 1:
-            valid &= (labels != ignore_index).reshape(rows)
+            valid &= labels != ignore_index
+            bad = labels[valid & ((labels < 0) | (labels >= classes))]
+            if bad.size:
+                raise ValueError(
+                    f"{name}: labels must be in [0, {classes}) or ignore_index ({ignore_index}), "
+                    f"got {bad[0]}."
+                )
     factor = 1.0
     if reduction in ("batchmean", "mean"):
         factor /= max(int(valid.sum()), 1) * (classes if reduction == "mean" else 1)
 
     # fp16 logits are widened: the kernels' fp16 gradients leave factors to torch's backward.
     wide = [x.astype(np.float32) if x.dtype == np.float16 else x for x in (student, teacher)]
-    n = int(np.prod(rows))
+    n = valid.size
     row_loss = np.empty(n)
     gradients = [np.empty(x.shape, x.dtype) for x in wide]
     row_grads = np.empty((4, n))
     _native.rowwise(
-        *(x.reshape(-1, classes) for x in wide),
+        *map(_matrix, wide),
         labels,
-        np.ascontiguousarray(valid.reshape(-1)),
-        None if row_weight is None else _per_row(name, "row_weight", row_weight, rows, np.float64),
+        valid,
+        None if row_weight is None else _per_row(name, "row_weight", row_weight, rows, "f"),
         _temperature(name, "temperature", temperature, rows),
         _temperature(name, "teacher_temperature", teacher_temperature, rows),
         divergences.KINDS.index(kind), alpha, beta, kd_weight, ce_weight, label_smoothing,
         ignore_index, scale == "t2", factor,
-        row_loss, *(x.reshape(-1, classes) for x in gradients), row_grads, threads,
+        row_loss, *map(_matrix, gradients), row_grads, threads,
     )  # fmt: skip
     dtype = np.float64 if np.float64 in (student.dtype, teacher.dtype) else np.float32
-    # In the order of the rows, as the torch operator sums.
-    loss = row_loss.reshape(rows) if reduction == "none" else sum(row_loss.tolist()) * factor
+    if reduction == "none":
+        loss = row_loss.reshape(rows)
+    else:  # in the order of the rows, as the torch operator sums; `sum` would compensate
+        loss = functools.reduce(operator.add, row_loss.tolist(), 0.0) * factor
     per_row = [
         grad if np.ndim(value) and np.size(value) == n else grad.sum()
         for grad, value in zip(row_grads[1:3], (temperature, teacher_temperature), strict=True)

@@ -166,7 +166,10 @@ def test_bad_calls(name, case):
         ({"kind": "js", "beta": 1.5}, r"beta must be in \[0.0, 1.0\], got 1.5"),
         ({"kind": "js", "alpha": 0.5}, "kind='js' takes no alpha, got 0.5"),
         ({"kind": "tv", "beta": 0.5}, "kind='tv' takes no beta, got 0.5"),
-        ({"kind": "skew_forward", "alpha": -0.1}, r"alpha must be in \[0, 1\) for kind='skew_forward', got -0.1"),
+        (
+            {"kind": "skew_forward", "alpha": -0.1},
+            r"alpha must be in \[0, 1\) for kind='skew_forward', got -0.1",
+        ),
         ({"kind": "renyi", "alpha": 0.0}, "alpha must be positive for kind='renyi', got 0.0"),
         ({"kind": "alpha", "alpha": NAN}, "alpha must be finite, got nan"),
         ({"kind": "ab", "alpha": 0.0}, "must be non-zero for kind='ab', got alpha=0.0, beta=0.7"),

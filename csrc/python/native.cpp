@@ -16,9 +16,10 @@ namespace py = pybind11;
 
 namespace {
 
+// By equivalence: an array that was unpickled has a dtype object of its own.
 kd::DType dtype_of(const py::array& a, const char* name) {
-  if (a.dtype().is(py::dtype::of<float>())) return kd::DType::float32;
-  if (a.dtype().is(py::dtype::of<double>())) return kd::DType::float64;
+  if (py::isinstance<py::array_t<float>>(a)) return kd::DType::float32;
+  if (py::isinstance<py::array_t<double>>(a)) return kd::DType::float64;
   if (a.dtype().kind() == 'f' && a.itemsize() == 2) return kd::DType::float16;
   throw py::type_error(std::string(name) + " must be float64, float32 or float16");
 }

@@ -34,7 +34,8 @@ struct Row {
 
   Row(const RowwiseParams& p, int64_t i)
       : p(p), index(i), student{p.student, row_offset(p.student, i)},
-        teacher{p.teacher, row_offset(p.teacher, i)} {
+        // Without its weight the divergence is not looked at, whatever the teacher holds.
+        teacher{p.kd_weight != 0 ? RowReader<S>{p.teacher, row_offset(p.teacher, i)} : student} {
     const double inv_ts = 1 / get(p.temperature, i), inv_tt = 1 / get(p.teacher_temperature, i);
     k.inv_ts = S(inv_ts), k.inv_tt = S(inv_tt);
     k.rate_s = exp_rate<S>(inv_ts), k.rate_t = exp_rate<S>(inv_tt);
