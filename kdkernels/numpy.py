@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rowwise losses and their gradients on NumPy arrays: the CPU kernels without torch.
 
-Bit for bit what the ``cpu`` backend computes on the same values, except where torch goes on to round
-a sum: a scalar temperature's gradient, and the logits' in fp16. Arrays are float64, float32 or
-float16, of any strides; logits are ``(..., C)`` and the leading dimensions rows. The other
-arguments mean what they mean in ``kdkernels.functional``.
+Bit for bit what the ``cpu`` backend computes on the same values, except where torch rounds once
+more: the gradients to scalar temperatures and to fp16 logits. Arrays are float64, float32 or float16, of
+any strides; logits are ``(..., C)`` and the leading dimensions rows. The other arguments mean what
+they mean in ``kdkernels.functional``.
 """
 
 from __future__ import annotations
@@ -126,10 +126,10 @@ def _temperature(name: str, argument: str, value, rows: tuple[int, ...]) -> np.n
     return np.require(value.reshape(-1), np.float64, "CA")
 
 
-def _labels(name: str, labels, student: np.ndarray, ignore_index: int) -> np.ndarray:
+def _labels(name: str, labels, student: np.ndarray) -> np.ndarray:
     """Class indices, flat, or probabilities ``(N, C)``."""
     labels = np.asarray(labels)
-    rows, classes = student.shape[:-1], student.shape[-1]
+    rows = student.shape[:-1]
     if labels.dtype.kind in "iu" and labels.shape == rows:
         return np.require(labels.reshape(-1), np.int64, "CA")
     if labels.dtype in _FLOATS and labels.shape == student.shape:
@@ -177,7 +177,7 @@ def _rowwise(
     if mask is not None:
         valid &= _per_row(name, "mask", mask, rows, "b")
     if labels is not None:
-        labels = _labels(name, labels, student, ignore_index)
+        labels = _labels(name, labels, student)
         if labels.ndim == 1:
             valid &= labels != ignore_index
             bad = labels[valid & ((labels < 0) | (labels >= classes))]
