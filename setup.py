@@ -6,7 +6,7 @@
 
 KDKERNELS_BUILD=0 builds neither, =1 fails where the default would warn and go on without.
 KDKERNELS_DEBUG=1 adds assertions and debug information; KDKERNELS_SANITIZE=address,undefined
-builds _native for a sanitizer run.
+builds _native alone, for a sanitizer run.
 """
 
 import json
@@ -80,6 +80,8 @@ class BuildKernels(build_ext):
         if wanted == "0":
             self.record["extensions"] = dict.fromkeys(("_C_cpu", "_native"), "KDKERNELS_BUILD=0")
             self.extensions = []
+        if SANITIZE:
+            self.extensions = [ext for ext in self.extensions if ext.name.endswith("_native")]
         super().run()
         in_tree = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "kdkernels" if in_tree else Path(self.build_lib, "kdkernels")

@@ -2,9 +2,9 @@
 """The rowwise losses and their gradients on NumPy arrays: the CPU kernels without torch.
 
 Bit for bit what the ``cpu`` backend computes on the same values, except where torch rounds once
-more: the gradients to scalar temperatures and to fp16 logits. Arrays are float64, float32 or float16, of
-any strides; logits are ``(..., C)`` and the leading dimensions rows. The other arguments mean what
-they mean in ``kdkernels.functional``.
+more: the gradients to scalar temperatures and to fp16 logits. Arrays are float64, float32 or
+float16, of any strides; logits are ``(..., C)`` and the leading dimensions rows. The other
+arguments mean what they mean in ``kdkernels.functional``.
 """
 
 from __future__ import annotations

@@ -128,9 +128,9 @@ def _register_triton() -> bool:
 
 def _operator(backend: str, inplace: bool):
     if backend != "triton":
-        return _compiled[inplace]
+        return _compiled[int(inplace)]  # torch 2.10's Dynamo knows no bool as an index
     _register_triton()
-    return _triton[inplace]
+    return _triton[int(inplace)]
 
 
 _NO_GRADIENT = (None,) * 8  # one per argument of the autograd functions
