@@ -64,11 +64,11 @@ def verdict(family: str, backend: str, device_type: str) -> Verdict:
     return Verdict(*ops.compiled_verdict(family, backend))
 
 
-def _choose(family: str, device_type: str, backend: str) -> str:
+def _choose(family: str, device_type: str, backend: str, name: str) -> str:
     if backend != "auto":
         ok, reason = verdict(family, backend, device_type)
         if not ok:
-            raise RuntimeError(f"{family}: backend {backend!r} cannot run here: {reason}.")
+            raise RuntimeError(f"{name}: backend {backend!r} cannot run here: {reason}.")
         return backend
     preferred = get_backend()
     if preferred != "auto" and verdict(family, preferred, device_type).ok:
@@ -91,10 +91,10 @@ def _choose(family: str, device_type: str, backend: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def select(family: str, device_type: str, backend: str) -> str:
-    """The backend that will run ``family`` for this call (cached; a constant while tracing)."""
+def select(family: str, device_type: str, backend: str, name: str) -> str:
+    """The backend that will run loss ``name`` of ``family`` (cached; a constant in traces)."""
     key = (family, device_type, backend)
     choice = _choices.get(key)
     if choice is None:
-        choice = _choices[key] = _choose(family, device_type, _known(backend, family))
+        choice = _choices[key] = _choose(family, device_type, _known(backend, name), name)
     return choice

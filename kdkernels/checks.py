@@ -8,13 +8,24 @@ on a GPU are read only with ``KDKERNELS_CHECK=1``, since reading them waits for 
 from __future__ import annotations
 
 import math
+import numbers
 import os
 
 import torch
 
 from kdkernels.scalars import choice, number
 
-__all__ = ["choice", "inplace", "labels", "logits", "number", "per_row", "temperature"]
+__all__ = [
+    "choice",
+    "inplace",
+    "integer",
+    "labels",
+    "logits",
+    "number",
+    "per_row",
+    "raise_for_labels",
+    "temperature",
+]
 
 CHECK_DEVICE_VALUES = os.environ.get("KDKERNELS_CHECK", "0") == "1"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,9 +72,15 @@ def logits(name: str, student, teacher) -> None:
     _same_device(name, "teacher", teacher, student)
 
 
+def integer(name: str, argument: str, value) -> None:
+    """A Python integer."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be an integer, got {value!r}.")
+
+
 def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype):
     """Split a temperature into (number, None) or (1.0, flat tensor of one or N elements)."""
-    if isinstance(value, (float, int)) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name}: {argument} must be positive and finite, got {value}.")
         return float(value), None
@@ -131,26 +148,41 @@ def labels(name: str, value, student: torch.Tensor, ignore_index: int, read: boo
                 "cross-entropy outside)."
             )
         return value
-    raise ValueError(
+    shapes = (student.shape, student.shape[:-1])
+    raise (TypeError if value.shape in shapes else ValueError)(
         f"{name}: labels must be integers of shape {tuple(student.shape[:-1])} or probabilities of "
         f"shape {tuple(student.shape)}, got {value.dtype} of shape {tuple(value.shape)}."
     )
 
 
-def inplace(name: str, student: torch.Tensor) -> None:
-    """The gradient may overwrite the student's logits: eager, non-leaf, not an expanded view."""
+def inplace(name: str, student: torch.Tensor, others: dict[str, torch.Tensor | None]) -> None:
+    """The gradient may overwrite the student's logits: eager, non-leaf, nobody else's memory."""
     if torch.compiler.is_compiling():
         raise RuntimeError(f"{name}: inplace=True works in eager mode only, not under compile.")
     if student.is_leaf and student.requires_grad:
         raise ValueError(
             f"{name}: inplace=True needs non-leaf student logits; a leaf would lose its values."
         )
-    if not student.is_contiguous() and any(
-        s == 0 and n > 1 for s, n in zip(student.stride(), student.shape, strict=True)
-    ):
-        raise ValueError(
-            f"{name}: inplace=True needs student logits that do not overlap in memory."
-        )
+    # Memory is not shared if, by rising stride, each stride is past all that the smaller ones span.
+    reach = 0
+    for stride, size in sorted(zip(student.stride(), student.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"{name}: inplace=True needs student logits that do not overlap.")
+        reach += stride * (size - 1)
+    for argument, other in others.items():
+        if (
+            other is None
+            or other.untyped_storage().data_ptr() != student.untyped_storage().data_ptr()
+        ):
+            continue
+        same = (other.data_ptr(), other.stride(), other.shape, other.dtype) == (
+            student.data_ptr(), student.stride(), student.shape, student.dtype,
+        )  # fmt: skip
+        if not same and other.numel():
+            raise ValueError(
+                f"{name}: inplace=True needs {argument} in memory of its own, got a view of the "
+                "student's."
+            )
 
 
 def raise_for_labels(name: str, error: RuntimeError) -> None:

@@ -76,7 +76,7 @@ def info() -> dict[str, Any]:
         "backends": {
             family: {
                 device: {
-                    "auto": backends.select(family, device, "auto"),
+                    "auto": backends.select(family, device, "auto", "info"),
                     **{
                         backend: backends.verdict(family, backend, device)._asdict()
                         for backend in backends.BACKENDS[1:]

@@ -82,7 +82,7 @@ class KLDivFromLogits(nn.KLDivLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         reduction = _row_reduction(type(self).__name__, self.reduction)
         loss = functional.kl_div(input, target, scale="none", reduction=reduction)
-        return loss / input.size(0) if self.reduction == "batchmean" else loss
+        return loss / max(input.size(0), 1) if self.reduction == "batchmean" else loss
 
 
 class DistillKL(nn.Module):

@@ -154,7 +154,7 @@ def test_bad_calls(name, case):
     valid = {"student": S, "teacher": S, "labels": labels, "backend": "reference"}
     if name == "kd_loss" and change.get("labels", valid) is None:
         change = change | {"labels": labels}
-    where = "rowwise" if case == "backend" else name
+    where = name
     with pytest.raises(error, match=rf"^{where}: {message}"):
         getattr(kd, name)(**valid | FUNCTIONS[name] | change)
 
@@ -246,12 +246,12 @@ def test_demanded_backend_says_why_it_cannot_run():
 
 def test_preference_is_used_where_it_can_be(prefer):
     prefer("reference")
-    assert backends.select("rowwise", "cpu", "auto") == "reference"
+    assert backends.select("rowwise", "cpu", "auto", "kl_div") == "reference"
     best = "cpu" if backends.verdict("rowwise", "cpu", "cpu").ok else "reference"
     prefer("cuda")  # not for CPU tensors: auto decides
-    assert backends.select("rowwise", "cpu", "auto") == best
+    assert backends.select("rowwise", "cpu", "auto", "kl_div") == best
     prefer("auto")
-    assert backends.select("rowwise", "cpu", "auto") == best
+    assert backends.select("rowwise", "cpu", "auto", "kl_div") == best
     with pytest.raises(ValueError, match=r"^set_backend: backend must be one of .* got 'metal'"):
         prefer("metal")
 
@@ -281,7 +281,9 @@ def test_asking_for_the_reference_does_not_warn(prefer, monkeypatch):
 
 
 def test_environment_sets_the_preference(monkeypatch):
-    code = "from kdkernels import backends; print(backends.select('rowwise', 'cpu', 'auto'))"
+    code = (
+        "from kdkernels import backends; print(backends.select('rowwise', 'cpu', 'auto', 'kl_div'))"
+    )
     environment = os.environ | {"KDKERNELS_BACKEND": "reference"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

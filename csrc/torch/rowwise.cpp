@@ -138,7 +138,9 @@ Result run(
   if (mask) p.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
   p.row_weight = scalar_of(row_weight, 1);
   p.temperature = scalar_of(temperatures, temperature);
-  p.teacher_temperature = scalar_of(teacher_temperatures, teacher_temperature);
+  p.teacher_temperature = teacher_temperature == 0 && !teacher_temperatures
+                              ? p.temperature
+                              : scalar_of(teacher_temperatures, teacher_temperature);
 
   int64_t count = p.rows;
   if (p.mask || p.labels) {

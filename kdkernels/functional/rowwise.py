@@ -83,7 +83,7 @@ def kl_div(
                                        ``reduction="sum"``
     =================================  ==========================================================
     """
-    kind = _KL_COMPAT.get(compat) or checks.choice("kl_div", "compat", compat, tuple(_KL_COMPAT))
+    kind = _KL_COMPAT[checks.choice("kl_div", "compat", compat, tuple(_KL_COMPAT))]
     return _rowwise(
         "kl_div", kind, student, teacher, labels, temperature, teacher_temperature, scale,
         reduction, mask, ignore_index, row_weight, inplace, backend,
@@ -104,12 +104,14 @@ def reverse_kl_div(
     row_weight: Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    compat: str = "paper",
 ) -> Tensor:
     """Reverse KL divergence of MiniLLM (arXiv 2306.08543), ``T^2 KL(p_s || p_t)``.
 
     Arguments, result and errors as in :mod:`kdkernels.functional.rowwise`. torchtune and TRL do not
     multiply by ``T^2``: ``scale="none"``.
     """
+    checks.choice("reverse_kl_div", "compat", compat, ("paper", "torchtune", "trl"))
     return _rowwise(
         "reverse_kl_div", "reverse_kl", student, teacher, labels, temperature,
         teacher_temperature, scale, reduction, mask, ignore_index, row_weight, inplace, backend,
@@ -131,6 +133,7 @@ def js_div(
     row_weight: Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    compat: str = "paper",
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649).
 
@@ -139,8 +142,8 @@ def js_div(
     formula over its scale). TRL, Liger and DistillKit (which does multiply by ``T^2``) agree
     otherwise. ``beta`` is in [0, 1]; the rest as in :mod:`kdkernels.functional.rowwise`.
     """
-    beta = checks.number("js_div", "beta", beta, 0.0, 1.0)
-    kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "js")
+    checks.choice("js_div", "compat", compat, ("paper", "trl", "liger", "distillkit"))
+    kind, _, beta, _ = divergences.resolve("js_div", "js", None, beta)
     return _rowwise(
         "js_div", kind, student, teacher, labels, temperature, teacher_temperature, scale,
         reduction, mask, ignore_index, row_weight, inplace, backend, beta=beta,
@@ -161,12 +164,14 @@ def tv_distance(
     row_weight: Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    compat: str = "paper",
 ) -> Tensor:
     """Total variation distance (f-distill, arXiv 2307.15190), ``T^2 / 2 sum_c |p_t - p_s|``.
 
     Where ``p_t = p_s`` the subgradient 0 is used. Arguments, result and errors as in
     :mod:`kdkernels.functional.rowwise`.
     """
+    checks.choice("tv_distance", "compat", compat, ("paper", "distillkit"))
     return _rowwise(
         "tv_distance", "tv", student, teacher, labels, temperature, teacher_temperature, scale,
         reduction, mask, ignore_index, row_weight, inplace, backend,
@@ -190,6 +195,7 @@ def divergence(
     row_weight: Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    compat: str = "paper",
 ) -> Tensor:
     """Any divergence of the family by name, times ``T^2``; ``s = p_s``, ``t = p_t``.
 
@@ -217,6 +223,7 @@ def divergence(
     range: skew in [0, 1), renyi > 0, ab with alpha, beta and their sum non-zero. The rest as in
     :mod:`kdkernels.functional.rowwise`.
     """
+    checks.choice("divergence", "compat", compat, ("paper",))
     kernel_kind, alpha, beta, weight = divergences.resolve("divergence", kind, alpha, beta)
     return _rowwise(
         "divergence", kernel_kind, student, teacher, labels, temperature, teacher_temperature,
@@ -278,6 +285,7 @@ def kd_loss(
             f"got alpha={alpha}, ce_weight={ce_weight}, kd_weight={kd_weight}."
         )
     if compat == "takd":
+        checks.logits(name, student, teacher)
         kd_weight = kd_weight / student.shape[-1]
     return _rowwise(
         name, "forward_kl", student, teacher, labels, temperature, teacher_temperature, scale,
@@ -299,13 +307,16 @@ def _rowwise(
     checks.choice(name, "reduction", reduction, divergences.REDUCTIONS)
     dtype = ops.rowwise.compute_dtype(student, teacher)
     value, tensor = checks.temperature(name, "temperature", temperature, student, dtype)
-    if teacher_temperature is None:
-        teacher_value, teacher_tensor = value, tensor
-    else:
+    # 0: the student's. Known to be one, it is exact where the logits are close.
+    teacher_value, teacher_tensor = 0.0, None
+    if teacher_temperature is not None and teacher_temperature is not temperature:
         teacher_value, teacher_tensor = checks.temperature(
             name, "teacher_temperature", teacher_temperature, student, dtype
         )
-    backend = backends.select("rowwise", student.device.type, backend)
+        if tensor is None and teacher_tensor is None and teacher_value == value:
+            teacher_value = 0.0
+    checks.integer(name, "ignore_index", ignore_index)
+    backend = backends.select("rowwise", student.device.type, backend, name)
     if labels is not None:
         labels = checks.labels(name, labels, student, ignore_index, read=backend != "cpu")
     if mask is not None:
@@ -318,7 +329,8 @@ def _rowwise(
         label_smoothing, ignore_index,
     )  # fmt: skip
     if inplace:
-        checks.inplace(name, student)
+        others = {"teacher": teacher, "labels": labels, "mask": mask, "row_weight": row_weight}
+        checks.inplace(name, student, others)
     if backend == "reference":
         if inplace:
             raise NotImplementedError(f"{name}: inplace=True needs a kernel, not the reference.")

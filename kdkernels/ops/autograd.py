@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 from kdkernels.ops import NAMESPACE
 
@@ -31,8 +32,15 @@ def refuse_higher_order(function: str) -> None:
         )
 
 
-def refuse_transforms(function: str) -> None:
-    """Raise under ``torch.func`` transforms, which need the reference."""
+def refuse_transforms(function: str, tensors: tuple[torch.Tensor | None, ...]) -> None:
+    """Raise under ``torch.func`` transforms and forward-mode AD, which need the reference."""
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise RuntimeError(
+            f"{function}: the fused kernels have no forward-mode derivative; compute it in plain "
+            "torch."
+        )
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{function}: torch.func transforms (grad, vjp, vmap, ...) do not work through the "

@@ -54,7 +54,7 @@ class Spec(NamedTuple):
     """The numbers of one call, in the operator's order; see ``kdkernels.functional.rowwise``."""
 
     temperature: float
-    teacher_temperature: float
+    teacher_temperature: float  # 0: the student's, be that a number or a tensor
     kind: int
     t2: bool
     reduction: int
@@ -161,7 +161,7 @@ class _Rowwise(torch.autograd.Function):
             return loss
         ctx.save_for_backward(grad_student, grad_teacher, rows)
         ctx.call = name, grads
-        ctx.half = half
+        ctx.half, ctx.one_tau = half, spec.teacher_temperature == 0
         ctx.one_temperature = tuple(
             t is not None and t.numel() == 1 for t in (temperatures, teacher_temperatures)
         )
@@ -185,7 +185,7 @@ class _Rowwise(torch.autograd.Function):
             upstream = upstream.reshape(-1)
             for i in range(3):
                 if need[2 + i]:
-                    grad = rows[i] * upstream
+                    grad = (rows[1] + rows[2] if i == 1 and ctx.one_tau else rows[i]) * upstream
                     summed = i > 0 and ctx.one_temperature[i - 1]
                     gradients[2 + i] = grad.sum().reshape(1) if summed else grad
         return tuple(gradients)
@@ -236,8 +236,8 @@ def apply(
     teacher_temperatures, spec: Spec, inplace: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Run the family's kernel on validated inputs, recording a gradient where one is needed."""
-    refuse_transforms(name)
     tensors = (student, teacher, row_weight, temperatures, teacher_temperatures)
+    refuse_transforms(name, tensors)
     recording = torch.is_grad_enabled() and (
         student.requires_grad or any(t is not None and t.requires_grad for t in tensors[1:])
     )

@@ -281,16 +281,18 @@ def rowwise(
     teacher = torch.where(valid.unsqueeze(-1), teacher, 0.0)
 
     tau_s = spec.temperature if temperatures is None else temperatures.unsqueeze(-1)
-    tau_t = (
-        spec.teacher_temperature
-        if teacher_temperatures is None
-        else teacher_temperatures.unsqueeze(-1)
-    )
-    rows = student.new_zeros(student.shape[0])
+    one_tau = spec.teacher_temperature == 0
+    tau_t = spec.teacher_temperature
+    if one_tau:
+        tau_t = tau_s
+    elif teacher_temperatures is not None:
+        tau_t = teacher_temperatures.unsqueeze(-1)
+    # Whatever has no weight has a gradient all the same, of 0.
+    rows = sum((torch.where(x.isfinite(), x, 0.0) * 0.0).sum(-1) for x in (student, teacher))
     infinite = torch.zeros_like(valid)
     if spec.kd_weight:
         s, t = _Softmax(student, tau_s), _Softmax(teacher, tau_t)
-        if temperatures is teacher_temperatures and spec.temperature == spec.teacher_temperature:
+        if one_tau:
             dz = (teacher - student - (t.shift - s.shift)) / tau_s
         else:
             dz = t.u - s.u

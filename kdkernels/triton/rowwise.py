@@ -44,13 +44,10 @@ def arguments(
     s_layout, t_layout = row_layout(student), row_layout(teacher)
     l_layout = row_layout(labels) if probabilities else s_layout
     unit = common_unit(s_layout, t_layout, l_layout)
-    numbers = temperatures is None and teacher_temperatures is None
-    same = (
-        spec.temperature == spec.teacher_temperature
-        if numbers
-        else None not in (temperatures, teacher_temperatures)
-        and temperatures.data_ptr() == teacher_temperatures.data_ptr()
-    )
+    same = spec.teacher_temperature == 0
+    if same:
+        spec = spec._replace(teacher_temperature=spec.temperature)
+        teacher_temperatures = temperatures
     reduction = REDUCTIONS[spec.reduction]
     divisor = classes if reduction == "mean" else 1
     count = None

@@ -209,7 +209,7 @@ KD_FN vf exp_at_rate(vf x, float rate) {
 #if KD_BYTES == 64
   return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  return select(y > all<vf>(-127.f), p, vf{}) * (vf)(((vi)shifted << 23) + 0x3f800000);
+  return select(y < all<vf>(-127.f), vf{}, p) * (vf)(((vi)shifted << 23) + 0x3f800000);
 #endif
 }
 KD_FN vd exp_at_rate(vd x, double rate) { return exp_parts(x * rate).value; }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A row of the rowwise family while it is being worked on, and its first step, `measure`.
 
-template <class S> constexpr S floor_of = S(-1e30);  // -inf as a number: its exp is 0
+// -inf as a number: its exp is 0. Rows with fp32 numbers below theirs are for the double path.
+template <class S> constexpr S floor_of = sizeof(S) == 4 ? S(-1e30) : S(-1e300);
 constexpr float exact_range = 60;
 constexpr double beyond = 1e300;  // a sum that has overflowed, or would
 
@@ -24,7 +25,7 @@ struct Row {
   Scalars<S> k;
   // measured
   S lowest, highest;            // of u_t - u_s
-  double sum_s, sum_t, excess;  // S; sum exp(u_t), in double only; A
+  double sum_s, sum_t, excess;  // S; sum exp(u_t); A
   double sum_plain;             // sum exp(z_s - max), for the cross-entropy if it is wanted
   alignas(64) S exp_s[block], exp_t[block];  // exp(u_s) and exp(u_t) of one block
   // reduced: f, p_s df/dp_s, p_t df/dp_t
@@ -119,8 +120,10 @@ void measure(Row<S>& r) {
       write<V>(r.exp_s + i, w, exp_s), write<V>(r.exp_t + i, w, exp_t);
       sum_s += exp_s;
       if constexpr (plain) sum_plain += exp_at_rate(zs - k.max_s, exp_rate<S>(1));
-      if constexpr (sizeof(S) == 8) sum_t += exp_t;
-      else excess += select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
+      sum_t += exp_t;
+      if constexpr (sizeof(S) == 4)
+        excess +=
+            select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
     });
     r.sum_s += sum(sum_s), r.sum_t += sum(sum_t), r.excess += sum(excess);
     r.sum_plain += sum(sum_plain);

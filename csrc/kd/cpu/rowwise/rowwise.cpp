@@ -27,16 +27,29 @@ namespace KD_ISA {
 #include "row.h"
 #include "cross_entropy.h"
 
+// How far apart the logits of a class may be for fp32: powers multiply that, and Renyi's logarithm
+// gives the error of a large sum to a small result.
+inline double exact_range_of(const RowwiseParams& p) {
+  const auto larger = [](double a, double b) { return a > b ? a : b; };
+  const double power = larger(__builtin_fabs(p.alpha), __builtin_fabs(p.beta));
+  if (p.kind == Kind::renyi) return exact_range / 8 / larger(1, power);
+  if (p.kind == Kind::ab) return exact_range / larger(1, larger(power, __builtin_fabs(p.alpha + p.beta)));
+  return exact_range;
+}
+
 // Whether the fp32 measures hold; NaN and rows without a finite class do not.
-inline bool is_exact(const Row<float>& r, bool zero_teacher) {
-  return r.highest < exact_range && (r.lowest > -exact_range || zero_teacher) &&
-         r.sum_s < beyond && r.excess < beyond && r.k.max_s > floor_of<float> &&
-         r.k.max_t > floor_of<float>;
+inline bool is_exact(const Row<float>& r, double range, bool zero_teacher) {
+  return r.highest < range && (r.lowest > -range || zero_teacher) && r.sum_s < beyond &&
+         r.sum_t < beyond && r.k.max_s > floor_of<float> && r.k.max_t > floor_of<float>;
 }
 
 inline void normalise(Row<float>& r) {
-  r.k.delta = (float)__builtin_log1p(r.excess / r.sum_s);
-  r.k.inv_sum_s = (float)(1 / r.sum_s), r.k.inv_sum_t = (float)(1 / (r.sum_s + r.excess));
+  // A is exact where the normalisers are close, and cancels where the teacher's is much smaller.
+  const double ratio = r.excess / r.sum_s;
+  const bool close = __builtin_fabs(ratio) < 0.5;
+  r.k.delta = (float)(close ? __builtin_log1p(ratio) : __builtin_log(r.sum_t / r.sum_s));
+  r.k.inv_sum_s = (float)(1 / r.sum_s);
+  r.k.inv_sum_t = (float)(1 / (close ? r.sum_s + r.excess : r.sum_t));
   r.k.log_sum_s = (float)__builtin_log(r.sum_s);
 }
 inline void normalise(Row<double>& r) {
@@ -300,14 +313,33 @@ bool takes_zero_teacher(Kind kind) {
   return false;
 }
 
+// A power of two for the row's fp16 gradients: half_boost, or less where that might overflow.
+template <class S>
+double half_boost_of(const Row<S>& r, double tau_s, double tau_t) {
+  const RowwiseParams& p = r.p;
+  const bool bounded = (p.kind == Kind::forward_kl && !p.grad_teacher.data) ||
+                       p.kind == Kind::tv || p.kind == Kind::js;
+  double spread = r.highest > -r.lowest ? r.highest : -r.lowest;
+  if (bounded) spread = 0;
+  if (!(spread < 1e5)) spread = 1e5;  // its divergence is infinite, and leaves a bounded gradient
+  const double tau = tau_s < tau_t ? tau_s : tau_t;
+  const double largest = __builtin_fabs(p.kd_weight) * (p.t2 ? tau_s * tau_s : 1) / tau * (1 + spread) +
+                         __builtin_fabs(p.ce_weight);
+  double boost = half_boost;
+  while (boost * largest > 32768 && boost > 1e-30) boost /= 2;
+  return boost;
+}
+
 template <template <class> class Path, class S>
 void finish_row(Row<S>& r) {
   const RowwiseParams& p = r.p;
   const double tau_s = get(p.temperature, r.index), tau_t = get(p.teacher_temperature, r.index);
   const double weight = get(p.row_weight, r.index), scale = p.t2 ? tau_s * tau_s : 1;
   const double per_loss = p.kd_weight * scale;
+  const double boost = half_boost_of(r, tau_s, tau_t);
   const auto saved = [&](const Rows& grad) {
-    return grad.dtype == DType::float16 ? half_boost : weight * p.factor;
+    if (grad.dtype != DType::float16) return weight * p.factor;
+    return weight == 0 ? 0 : boost;  // 0 times what has overflowed is not 0
   };
   CrossEntropyRow<S> ce(r);
   if (ce.wanted) {
@@ -316,8 +348,8 @@ void finish_row(Row<S>& r) {
   }
   const Scaling scaling{saved(p.grad_student) * per_loss / tau_s,
                         saved(p.grad_teacher) * per_loss / tau_t};
-  const bool sound = r.sum_s < beyond && (sizeof(S) == 4 || r.sum_t < beyond) &&
-                     r.k.max_s > floor_of<S> && r.k.max_t > floor_of<S>;
+  const bool sound = r.sum_s < beyond && r.sum_t < beyond && r.k.max_s > floor_of<S> &&
+                     r.k.max_t > floor_of<S>;
   if (sound) {
     normalise(r);
     finish_kind<Path>(r, ce, scaling);
@@ -333,11 +365,11 @@ void finish_row(Row<S>& r) {
   const double factor = weight * p.factor;
   const double value = r.value > beyond ? 0 : r.value;  // an infinite row moves no temperature
   double* out = p.row_grads + r.index;
-  out[0] = loss * p.factor;
+  out[0] = infinite ? 0 : loss * p.factor;
   out[p.rows] = factor * p.kd_weight *
                 ((p.t2 ? 2 * tau_s * value : 0) - scale / (tau_s * tau_s) * r.slope_s);
   out[2 * p.rows] = -factor * p.kd_weight * scale / (tau_t * tau_t) * r.slope_t;
-  out[3 * p.rows] = factor / half_boost;
+  out[3 * p.rows] = factor / boost;
 }
 
 void skip_row(const RowwiseParams& p, int64_t i) {
@@ -356,6 +388,7 @@ void measure_row(Row<S>& r) {
 void rowwise(const RowwiseParams& p, int64_t begin, int64_t end) {
   const bool in_double = p.student.dtype == DType::float64 || p.teacher.dtype == DType::float64;
   const bool zero_teacher = takes_zero_teacher(p.kind);
+  const double range = exact_range_of(p);
   for (int64_t i = begin; i < end; i++) {
     if (!row_counts(p, i)) {
       skip_row(p, i);
@@ -364,7 +397,7 @@ void rowwise(const RowwiseParams& p, int64_t begin, int64_t end) {
     if (!in_double) {
       Row<float> row(p, i);
       measure_row(row);
-      if (is_exact(row, zero_teacher)) {
+      if (is_exact(row, range, zero_teacher)) {
         finish_row<Exact>(row);
         continue;
       }
