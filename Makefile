@@ -21,7 +21,8 @@ $(VENV)/ready: pyproject.toml
 
 # KDKERNELS_BUILD=1: here a kernel that does not compile is an error, not a warning.
 $(BIN)/kdkernels: $(VENV)/ready setup.py $(shell find csrc -type f)
-	KDKERNELS_BUILD=1 $(BIN)/pip install -q --no-build-isolation -e ".[train,triton,test]"
+	KDKERNELS_BUILD=1 $(BIN)/pip install -q --no-build-isolation \
+		--config-settings editable_mode=compat -e ".[train,triton,test]"
 	touch $@
 
 test: install

@@ -29,7 +29,7 @@ if X86:
     ISA_LEVELS["avx512"] = (
         64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     )  # fmt: skip
-FAMILIES = ["rowwise"]
+FAMILIES = sorted(path.name for path in (ROOT / "csrc/kd/cpu").iterdir() if path.is_dir())
 
 DEBUG = os.environ.get("KDKERNELS_DEBUG") == "1"
 SANITIZE = os.environ.get("KDKERNELS_SANITIZE", "")

@@ -59,9 +59,10 @@ def verdict(family: str, backend: str, device_type: str) -> Verdict:
         return Verdict(True, "plain torch, any device")
     if backend == "triton":
         return Verdict(*ops.triton_verdict(family, device_type))
-    if device_type != backend:
+    ok, reason = ops.compiled_verdict(family, backend)
+    if ok and device_type != backend:
         return Verdict(False, f"runs on {backend} tensors, got {device_type} tensors")
-    return Verdict(*ops.compiled_verdict(family, backend))
+    return Verdict(ok, reason)
 
 
 def _choose(family: str, device_type: str, backend: str, name: str) -> str:

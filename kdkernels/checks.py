@@ -60,6 +60,8 @@ def logits(name: str, student, teacher) -> None:
                 f"{name}: {argument} must be float64, float32, bfloat16 or float16, "
                 f"got {value.dtype}."
             )
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: {argument} must be a dense tensor, got {value.layout}.")
     if student.shape != teacher.shape:
         raise ValueError(
             f"{name}: teacher must have the student's shape {tuple(student.shape)}, "

@@ -3,8 +3,8 @@
 
 Arguments that every function here shares:
 
-    student: logits ``(..., C)``; the leading dimensions are rows. fp64, fp32, bf16 or fp16, any
-        strides.
+    student: logits ``(..., C)``, not probabilities (log-probabilities are logits too, at
+        temperature 1); the leading dimensions are rows. fp64, fp32, bf16 or fp16, any strides.
     teacher: logits of the same shape; its dtype may differ.
     labels: class indices ``(...)``. In a divergence they only mask, by ``ignore_index``.
     temperature: a number, or a tensor of one element or of shape ``(...)``; positive.
@@ -35,6 +35,8 @@ the demanded backend cannot run.
 """
 
 from __future__ import annotations
+
+import inspect
 
 from torch import Tensor
 
@@ -345,3 +347,8 @@ def _rowwise(
     except RuntimeError as error:
         checks.raise_for_labels(name, error)
         raise
+
+
+for _function in (kl_div, reverse_kl_div, js_div, tv_distance, divergence, kd_loss):
+    # help() shows the rules that the functions share, which the module states once.
+    _function.__doc__ = f"{inspect.cleandoc(_function.__doc__)}\n\n{__doc__}"

@@ -20,6 +20,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 import kdkernels
+from kdkernels import backends
 from kdkernels.train import checkpoint, report
 from kdkernels.train.config import Config
 from kdkernels.train.data import Dataset, load_data
@@ -38,10 +39,11 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     """
     options = dict(options or {})
     method = make_method(config.method, config.backend, options)
-    record = config.resolved() | {"options": resolved_options(config.method, options)}
+    record = config.resolved() | resolved_options(config.method, options)
     if method.teachers(0) and not (config.teacher or config.teacher_checkpoint):
         raise InputError(f"--method {config.method}: expected --teacher or --teacher-checkpoint")
     fabric = make_fabric(config)
+    require_backend(config.backend, fabric.device.type)
     data = load_data(
         config.data,
         val_fraction=config.val_fraction,
@@ -79,6 +81,13 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
         folders["teacher"] = [out / "teacher"]
     report.plot(out / "curves.png", folders)
     return results
+
+
+def require_backend(backend: str, device_type: str) -> None:
+    """Refuse now, and not after a teacher's training, a backend that cannot run."""
+    ok, reason = backends.verdict("rowwise", backend, device_type) if backend != "auto" else (1, "")
+    if not ok:
+        raise InputError(f"--backend {backend}: cannot run here: {reason}")
 
 
 def train(
