@@ -126,7 +126,7 @@ void measure(Row<S>& r) {
             select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
     });
     r.sum_s += sum(sum_s), r.sum_t += sum(sum_t), r.excess += sum(excess);
-    r.sum_plain += sum(sum_plain);
+    if constexpr (plain) r.sum_plain += sum(sum_plain);
     r.lowest = -largest(-low), r.highest = largest(high);
   });
 }

@@ -50,7 +50,9 @@ inline void normalise(Row<float>& r) {
   r.k.delta = (float)(close ? __builtin_log1p(ratio) : __builtin_log(r.sum_t / r.sum_s));
   r.k.inv_sum_s = (float)(1 / r.sum_s);
   r.k.inv_sum_t = (float)(1 / (close ? r.sum_s + r.excess : r.sum_t));
-  r.k.log_sum_s = (float)__builtin_log(r.sum_s);
+  const Kind kind = r.p.kind;  // only these look at log p
+  if (kind == Kind::ab || kind == Kind::renyi || kind == Kind::cross_entropy)
+    r.k.log_sum_s = (float)__builtin_log(r.sum_s);
 }
 inline void normalise(Row<double>& r) {
   r.k.inv_sum_s = 1 / r.sum_s, r.k.inv_sum_t = 1 / r.sum_t;
