@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rowwise family's divergences by name: which there are, their parameters, their kernels."""
+"""The rowwise family's divergences by name, and the numbers a kernel call takes; knows no torch."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from kdkernels.scalars import choice, number
 
-# The order is the `Kind` enumeration of csrc/kd/rowwise.h.
+# The order is that of the `Kind` enumeration of csrc/kd/rowwise.h.
 KINDS = (
     "forward_kl",
     "reverse_kl",
@@ -20,6 +22,28 @@ KINDS = (
 )
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
 SCALES = ("t2", "none")
+
+
+class Numbers(NamedTuple):
+    """Fields in the order of `RowwiseNumbers` in csrc/kd/rowwise.h."""
+
+    temperature: float = 1.0
+    teacher_temperature: float = 0.0  # 0: the student's, be that a number or a tensor
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    label_smoothing: float = 0.0
+    alpha: float = 0.0
+    beta: float = 0.0
+
+
+class Choices(NamedTuple):
+    """Fields in the order of `RowwiseChoices`; kind and reduction index KINDS and REDUCTIONS."""
+
+    kind: int = 0
+    t2: bool = True
+    reduction: int = 0
+    ignore_index: int = -100
+
 
 # Default alpha and beta of each kind that takes them.
 _PARAMETERS = {

@@ -198,14 +198,14 @@ def _rowwise(
     row_grads = np.empty((4, n))
     _native.rowwise(
         *map(_matrix, wide),
+        divergences.Numbers(1.0, 0.0, kd_weight, ce_weight, label_smoothing, alpha, beta),
+        divergences.Choices(divergences.KINDS.index(kind), scale == "t2", 0, ignore_index),
         labels,
         valid,
         None if row_weight is None else _per_row(name, "row_weight", row_weight, rows, "f"),
         _temperature(name, "temperature", temperature, rows),
         _temperature(name, "teacher_temperature", teacher_temperature, rows),
-        divergences.KINDS.index(kind), alpha, beta, kd_weight, ce_weight, label_smoothing,
-        ignore_index, scale == "t2", factor,
-        row_loss, *map(_matrix, gradients), row_grads, threads,
+        factor, row_loss, *map(_matrix, gradients), row_grads, threads,
     )  # fmt: skip
     dtype = np.float64 if np.float64 in (student.dtype, teacher.dtype) else np.float32
     if reduction == "none":

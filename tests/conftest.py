@@ -34,12 +34,15 @@ def pytest_report_header():
 def pytest_generate_tests(metafunc):
     """Tests that take ``backend`` and ``device`` run on every pair that works here.
 
-    Where they take ``loss`` as well, they run over the registry; ``kernel`` in the place of
-    ``backend`` leaves out the reference.
+    Where they take ``any_loss`` as well, they run over the registry, with ``loss`` over those that
+    have the rowwise functions' arguments; ``kernel`` in the place of ``backend`` leaves out the
+    reference.
     """
     names = metafunc.fixturenames
-    if "loss" in names:
-        metafunc.parametrize("loss", [pytest.param(x, id=x.name) for x in LOSSES.values()])
+    for name in ("loss", "any_loss"):
+        if name in names:
+            entries = [x for x in LOSSES.values() if name == "any_loss" or x.by_row]
+            metafunc.parametrize(name, [pytest.param(x, id=x.name) for x in entries])
     for name in ("backend", "kernel"):
         if not {name, "device"} <= set(names):
             continue

@@ -9,8 +9,8 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from kdkernels import backends, functional
-from kdkernels.divergences import KINDS, REDUCTIONS
-from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER, Spec, arguments
+from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers
+from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER
 from kdkernels.testing import LOSSES, gradients
 
 pytestmark = pytest.mark.skipif(
@@ -19,11 +19,9 @@ pytestmark = pytest.mark.skipif(
 OPS = torch.ops.kdkernels
 
 
-def spec(reduction="batchmean", ce_weight=0.0):
-    return Spec(
-        2.0, 2.0, KINDS.index("js"), True, REDUCTIONS.index(reduction), beta=0.5,
-        ce_weight=ce_weight, label_smoothing=0.1,
-    )  # fmt: skip
+def scalars(reduction="batchmean", ce_weight=0.0):
+    numbers = Numbers(2.0, 2.0, beta=0.5, ce_weight=ce_weight, label_smoothing=0.1)
+    return numbers, Choices(KINDS.index("js"), reduction=REDUCTIONS.index(reduction))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -39,7 +37,7 @@ def test_opcheck(dtype, grads, reduction):
         (labels, mask, weight, temperature, temperature),
     ):
         ce_weight = 0.5 * (options[0] is not None)
-        rest = arguments(spec(reduction, ce_weight), grads, *options)
+        rest = (*scalars(reduction, ce_weight), grads, *options)
         torch.library.opcheck(OPS.rowwise.default, (student, teacher, *rest))
         torch.library.opcheck(OPS.rowwise_inplace.default, (student, teacher, *rest))
 

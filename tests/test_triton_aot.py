@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kdkernels import ops  # noqa: E402
-from kdkernels.divergences import KINDS, REDUCTIONS  # noqa: E402
-from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER, Spec  # noqa: E402
+from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers  # noqa: E402
+from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     ops.triton_interpreted(), reason="TRITON_INTERPRET=1: kernels are not compiled"
@@ -105,15 +105,14 @@ def launch(classes, dtype, *, kind="forward_kl", everything=False):
     x = torch.empty(8, classes, dtype=dtype)
     row = torch.empty(8, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     valid, labels = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
-    spec = Spec(
-        temperature=4.0, teacher_temperature=4.0, kind=KINDS.index(kind), alpha=0.3, beta=0.7,
-        kd_weight=0.9, ce_weight=0.1 * everything, label_smoothing=0.1, ignore_index=-100, t2=True,
-        reduction=REDUCTIONS.index("batchmean"),
-    )  # fmt: skip
+    scalars = (
+        Numbers(4.0, 4.0, 0.9, 0.1 * everything, 0.1, alpha=0.3, beta=0.7),
+        Choices(KINDS.index(kind), reduction=REDUCTIONS.index("batchmean")),
+    )
     if everything:
         grads = GRAD_STUDENT | GRAD_TEACHER | GRAD_ROWS
-        return arguments(x, x, labels, valid, row, row, row, spec, grads)
-    return arguments(x, x, None, None, None, None, None, spec, GRAD_STUDENT)
+        return arguments(x, x, labels, valid, row, row, row, *scalars, grads)
+    return arguments(x, x, None, None, None, None, None, *scalars, GRAD_STUDENT)
 
 
 CASES = [

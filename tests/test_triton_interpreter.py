@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed: nothing to interp
 
 from kdkernels import checks, ops
 from kdkernels import functional as F
-from kdkernels.divergences import DIVERGENCES
+from kdkernels.divergences import DIVERGENCES, Choices, Numbers
 
 INTERPRETED = ops.triton_interpreted()
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -340,14 +340,10 @@ class TestInterpreted:
         check(torch.compile(F.reverse_kl_div, backend="aot_eager", fullgraph=True),
               {"student": student}, teacher=teacher)  # fmt: skip
         labels = torch.tensor([1, 2, 3, -100, 4, 5])
-        spec = ops.rowwise.Spec(2.0, 2.0, 0, True, 2, 0.0, 0.0, 0.9, 0.1, 0.1)
+        numbers, choices = Numbers(2.0, 2.0, 0.9, 0.1, 0.1), Choices(reduction=2)
 
         def arguments(grads):
-            return (
-                student,
-                teacher,
-                *ops.rowwise.arguments(spec, grads, labels, None, torch.rand(6)),
-            )
+            return student, teacher, numbers, choices, grads, labels, None, torch.rand(6)
 
         registered = torch.ops.kdkernels
         torch.library.opcheck(registered.rowwise_triton.default, arguments(7))

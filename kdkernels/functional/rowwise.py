@@ -40,7 +40,10 @@ import inspect
 
 from torch import Tensor
 
-from kdkernels import backends, checks, divergences, ops, reference
+from kdkernels import checks, divergences, ops, reference
+from kdkernels.divergences import Choices, Numbers
+from kdkernels.functional.rows import prepare
+from kdkernels.ops.rowwise import compute_dtype
 
 # Suites whose KL is the paper's up to `scale` and `reduction`, and suites that leave out the
 # teacher's entropy (the student's gradient is the same).
@@ -305,45 +308,26 @@ def _rowwise(
 ) -> Tensor:  # fmt: skip
     """Validate, choose the backend, call."""
     checks.logits(name, student, teacher)
-    checks.choice(name, "scale", scale, divergences.SCALES)
-    checks.choice(name, "reduction", reduction, divergences.REDUCTIONS)
-    dtype = ops.rowwise.compute_dtype(student, teacher)
-    value, tensor = checks.temperature(name, "temperature", temperature, student, dtype)
-    # 0: the student's. Known to be one, it is exact where the logits are close.
-    teacher_value, teacher_tensor = 0.0, None
-    if teacher_temperature is not None and teacher_temperature is not temperature:
-        teacher_value, teacher_tensor = checks.temperature(
-            name, "teacher_temperature", teacher_temperature, student, dtype
-        )
-        if tensor is None and teacher_tensor is None and teacher_value == value:
-            teacher_value = 0.0
-    checks.integer(name, "ignore_index", ignore_index)
-    backend = backends.select("rowwise", student.device.type, backend, name)
-    if labels is not None:
-        labels = checks.labels(name, labels, student, ignore_index, read=backend != "cpu")
-    if mask is not None:
-        mask = checks.per_row(name, "mask", mask, student, None)
-    if row_weight is not None:
-        row_weight = checks.per_row(name, "row_weight", row_weight, student, dtype)
-    spec = ops.rowwise.Spec(
-        value, teacher_value, divergences.KINDS.index(kind), scale == "t2",
-        divergences.REDUCTIONS.index(reduction), alpha, beta, kd_weight, ce_weight,
-        label_smoothing, ignore_index,
+    rows = prepare(
+        name, "rowwise", student, compute_dtype(student, teacher), labels, temperature,
+        teacher_temperature, scale, reduction, mask, ignore_index, row_weight, backend,
     )  # fmt: skip
+    numbers = Numbers(
+        rows.temperature, rows.teacher_temperature, kd_weight, ce_weight, label_smoothing, alpha,
+        beta,
+    )  # fmt: skip
+    choices = Choices(divergences.KINDS.index(kind), rows.t2, rows.reduction, ignore_index)
     if inplace:
         others = {"teacher": teacher, "labels": labels, "mask": mask, "row_weight": row_weight}
         checks.inplace(name, student, others)
-    if backend == "reference":
+    if rows.backend == "reference":
         if inplace:
             raise NotImplementedError(f"{name}: inplace=True needs a kernel, not the reference.")
-        return reference.rowwise(
-            student, teacher, labels, mask, row_weight, tensor, teacher_tensor, spec
-        )
+        return reference.rowwise(student, teacher, rows, numbers, choices)
     try:
         return ops.rowwise.apply(
-            name, backend, student, teacher, labels, mask, row_weight, tensor, teacher_tensor,
-            spec, inplace,
-        )  # fmt: skip
+            name, rows.backend, student, teacher, rows, numbers, choices, inplace
+        )
     except RuntimeError as error:
         checks.raise_for_labels(name, error)
         raise

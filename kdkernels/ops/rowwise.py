@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import NamedTuple
 
 import torch
 
+from kdkernels.divergences import REDUCTIONS, Choices, Numbers
 from kdkernels.ops import NAMESPACE
 from kdkernels.ops.autograd import (
     refuse_higher_order,
@@ -27,14 +27,11 @@ GRAD_STUDENT, GRAD_TEACHER, GRAD_ROWS = 1, 2, 4
 # would be lost to fp16's underflow before a GradScaler's factor reaches it in the backward.
 HALF_BOOST = 256.0
 
-# What most calls leave at its default stands last: an argument given costs a quarter of a
-# microsecond, one left out nothing.
+# `numbers` and `choices`: the fields of Numbers and Choices, or their first few.
 _SCHEMA = (
-    "(Tensor student, Tensor teacher, float temperature, float teacher_temperature, int kind,"
-    " bool t2, int reduction, int grads, Tensor? labels=None, Tensor? mask=None,"
-    " Tensor? row_weight=None, Tensor? temperatures=None, Tensor? teacher_temperatures=None,"
-    " float alpha=0., float beta=0., float kd_weight=1., float ce_weight=0.,"
-    " float label_smoothing=0., int ignore_index=-100)"
+    "(Tensor student, Tensor teacher, float[] numbers, int[] choices, int grads,"
+    " Tensor? labels=None, Tensor? mask=None, Tensor? row_weight=None,"
+    " Tensor? temperatures=None, Tensor? teacher_temperatures=None)"
 )
 # loss: 0-d, or one per row where reduction is "none". grad_student, grad_teacher: like the logits,
 # or of size 0 where not asked for. rows (4, N), or of size 0: the gradients of the loss to
@@ -50,52 +47,16 @@ for _name in ("rowwise", "rowwise_triton"):
     )
 
 
-class Spec(NamedTuple):
-    """The numbers of one call, in the operator's order; see ``kdkernels.functional.rowwise``."""
-
-    temperature: float
-    teacher_temperature: float  # 0: the student's, be that a number or a tensor
-    kind: int
-    t2: bool
-    reduction: int
-    alpha: float = 0.0
-    beta: float = 0.0
-    kd_weight: float = 1.0
-    ce_weight: float = 0.0
-    label_smoothing: float = 0.0
-    ignore_index: int = -100
-
-
-_DEFAULTS = tuple(Spec._field_defaults.values())
-
-
-def arguments(
-    spec: Spec, grads: int, labels=None, mask=None, row_weight=None, temperatures=None,
-    teacher_temperatures=None,
-) -> tuple:  # fmt: skip
-    """The operator's arguments after the logits, without the options at their default."""
-    required, rest = (*spec[:5], grads), spec[5:]
-    if (
-        labels is None
-        and mask is None
-        and row_weight is None
-        and temperatures is None
-        and teacher_temperatures is None
-        and rest == _DEFAULTS
-    ):
-        return required
-    return (*required, labels, mask, row_weight, temperatures, teacher_temperatures, *rest)
-
-
 def compute_dtype(student: torch.Tensor, teacher: torch.Tensor) -> torch.dtype:
     """What rows are accumulated in: fp64 if either side is fp64, else fp32."""
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def _fake(student, teacher, temperature, teacher_temperature, kind, t2, reduction, grads, *_):
+def _fake(student, teacher, numbers, choices, grads, *_):
     dtype = compute_dtype(student, teacher)
     leading = student.shape[:-1]
-    loss = student.new_empty(leading if reduction == 0 else (), dtype=dtype)
+    by_row = REDUCTIONS[Choices(*choices).reduction] == "none"
+    loss = student.new_empty(leading if by_row else (), dtype=dtype)
     grad_student = student.new_empty(student.shape if grads & GRAD_STUDENT else (0,))
     grad_teacher = teacher.new_empty(teacher.shape if grads & GRAD_TEACHER else (0,))
     # math.prod and not Size.numel, which would make the number of rows a constant of the graph.
@@ -141,7 +102,7 @@ class _Rowwise(torch.autograd.Function):
     def forward(
         ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask, call
     ):
-        name, operator, spec = call
+        name, operator, numbers, choices = call
         need = ctx.needs_input_grad
         half = (
             need[0] and student.dtype == torch.float16,
@@ -150,10 +111,8 @@ class _Rowwise(torch.autograd.Function):
         need_rows = need[2] or need[3] or need[4] or half[0] or half[1]
         grads = GRAD_STUDENT * need[0] | GRAD_TEACHER * need[1] | GRAD_ROWS * need_rows
         loss, grad_student, grad_teacher, rows = operator(
-            student, teacher,
-            *arguments(
-                spec, grads, labels, mask, row_weight, temperatures, teacher_temperatures
-            ),
+            student, teacher, numbers, choices, grads, labels, mask, row_weight, temperatures,
+            teacher_temperatures,
         )  # fmt: skip
         if grads == GRAD_STUDENT:
             ctx.save_for_backward(grad_student)
@@ -161,7 +120,7 @@ class _Rowwise(torch.autograd.Function):
             return loss
         ctx.save_for_backward(grad_student, grad_teacher, rows)
         ctx.call = name, grads
-        ctx.half, ctx.one_tau = half, spec.teacher_temperature == 0
+        ctx.half, ctx.one_tau = half, numbers[1] == 0
         ctx.one_temperature = tuple(
             t is not None and t.numel() == 1 for t in (temperatures, teacher_temperatures)
         )
@@ -198,15 +157,12 @@ class _RowwiseInplace(torch.autograd.Function):
     def forward(
         ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask, call
     ):
-        name, operator, spec = call
+        name, operator, numbers, choices = call
         half = student.dtype == torch.float16
         buffer = student.detach()
         loss, _, rows = operator(
-            buffer, teacher,
-            *arguments(
-                spec, GRAD_STUDENT | (GRAD_ROWS if half else 0), labels, mask, row_weight,
-                temperatures, teacher_temperatures,
-            ),
+            buffer, teacher, numbers, choices, GRAD_STUDENT | (GRAD_ROWS if half else 0), labels,
+            mask, row_weight, temperatures, teacher_temperatures,
         )  # fmt: skip
         torch.autograd.graph.increment_version(student)
         ctx.buffer, ctx.version = buffer, student._version
@@ -232,11 +188,11 @@ class _RowwiseInplace(torch.autograd.Function):
 
 
 def apply(
-    name: str, backend: str, student, teacher, labels, mask, row_weight, temperatures,
-    teacher_temperatures, spec: Spec, inplace: bool,
+    name: str, backend: str, student, teacher, rows, numbers: Numbers, choices: Choices,
+    inplace: bool,
 ) -> torch.Tensor:  # fmt: skip
     """Run the family's kernel on validated inputs, recording a gradient where one is needed."""
-    tensors = (student, teacher, row_weight, temperatures, teacher_temperatures)
+    tensors = (student, teacher, rows.row_weight, rows.temperatures, rows.teacher_temperatures)
     refuse_transforms(name, tensors)
     recording = torch.is_grad_enabled() and (
         student.requires_grad or any(t is not None and t.requires_grad for t in tensors[1:])
@@ -248,10 +204,8 @@ def apply(
                 f"{name}: inplace=True gives a gradient to the student alone; another "
                 "argument requires one."
             )
-        return _RowwiseInplace.apply(*tensors, labels, mask, (name, operator, spec))
     if recording:
-        return _Rowwise.apply(*tensors, labels, mask, (name, operator, spec))
-    return operator(
-        student, teacher,
-        *arguments(spec, 0, labels, mask, row_weight, temperatures, teacher_temperatures),
-    )[0]  # fmt: skip
+        function = _RowwiseInplace if inplace else _Rowwise
+        call = name, operator, numbers, choices
+        return function.apply(*tensors, rows.labels, rows.mask, call)
+    return operator(student, teacher, numbers, choices, 0, rows.labels, rows.mask, *tensors[2:])[0]

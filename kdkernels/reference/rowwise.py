@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from kdkernels.divergences import KINDS, REDUCTIONS
-from kdkernels.ops.rowwise import Spec, compute_dtype
+from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers
+from kdkernels.ops.rowwise import compute_dtype
 
 # Beyond this log-ratio a row is not close, and its log-normalisers are subtracted plainly.
 _WIDE = 30.0
@@ -239,7 +239,7 @@ def _renyi(s: _Softmax, t: _Softmax, on: Tensor, d: Tensor, wide: Tensor, alpha:
     return torch.where(wide, far, near), infinite
 
 
-def _cross_entropy(s: _Softmax, logits: Tensor, labels: Tensor, spec: Spec):
+def _cross_entropy(s: _Softmax, logits: Tensor, labels: Tensor, smoothing: float):
     """Per row: CE at temperature 1 where it is finite (else 0 in value), and where it is not."""
     classes = logits.shape[-1]
     if labels.dim() == 1:
@@ -248,7 +248,7 @@ def _cross_entropy(s: _Softmax, logits: Tensor, labels: Tensor, spec: Spec):
         target = torch.where(known.unsqueeze(-1), target, math.nan)
     else:
         target = labels.reshape(-1, classes).to(logits)
-    target = (1 - spec.label_smoothing) * target + spec.label_smoothing / classes
+    target = (1 - smoothing) * target + smoothing / classes
     rows = s.log_total.squeeze(-1) * target.sum(-1)
     rows = rows - torch.where(s.off, torch.zeros_like(target), target * s.u).sum(-1)
     infinite = (s.off & (target > 0)).any(-1)
@@ -259,14 +259,13 @@ def _cross_entropy(s: _Softmax, logits: Tensor, labels: Tensor, spec: Spec):
 def rowwise(
     student: Tensor,  # (..., C)
     teacher: Tensor,  # (..., C)
-    labels: Tensor | None,  # (N,) int64 or (..., C) probabilities
-    mask: Tensor | None,  # (N,) bool
-    row_weight: Tensor | None,  # (N,)
-    temperatures: Tensor | None,  # (1,) or (N,); spec's number where None
-    teacher_temperatures: Tensor | None,
-    spec: Spec,
+    given,  # kdkernels.functional.rows.Rows
+    numbers: Numbers,
+    choices: Choices,
 ) -> Tensor:
     """The family's reference; see ``kdkernels.functional.rowwise`` for what it computes."""
+    labels, mask, row_weight, temperatures, teacher_temperatures = given[:5]
+    kind = KINDS[choices.kind]
     leading, classes = student.shape[:-1], student.shape[-1]
     dtype = compute_dtype(student, teacher)
     student = student.reshape(-1, classes).to(dtype)
@@ -275,14 +274,14 @@ def rowwise(
     if mask is not None:
         valid = valid & mask
     if labels is not None and labels.dtype == torch.int64:
-        valid = valid & (labels != spec.ignore_index)
+        valid = valid & (labels != choices.ignore_index)
     # Rows that do not count are read as zeros, so that their NaN cannot reach a derivative.
     student = torch.where(valid.unsqueeze(-1), student, 0.0)
     teacher = torch.where(valid.unsqueeze(-1), teacher, 0.0)
 
-    tau_s = spec.temperature if temperatures is None else temperatures.unsqueeze(-1)
-    one_tau = spec.teacher_temperature == 0
-    tau_t = spec.teacher_temperature
+    tau_s = numbers.temperature if temperatures is None else temperatures.unsqueeze(-1)
+    one_tau = numbers.teacher_temperature == 0
+    tau_t = numbers.teacher_temperature
     if one_tau:
         tau_t = tau_s
     elif teacher_temperatures is not None:
@@ -290,36 +289,36 @@ def rowwise(
     # Whatever has no weight has a gradient all the same, of 0.
     rows = sum((torch.where(x.isfinite(), x, 0.0) * 0.0).sum(-1) for x in (student, teacher))
     infinite = torch.zeros_like(valid)
-    if spec.kd_weight:
+    if numbers.kd_weight:
         s, t = _Softmax(student, tau_s), _Softmax(teacher, tau_t)
         if one_tau:
             dz = (teacher - student - (t.shift - s.shift)) / tau_s
         else:
             dz = t.u - s.u
-        value, infinite = _divergence(KINDS[spec.kind], s, t, dz, spec.alpha, spec.beta)
+        value, infinite = _divergence(kind, s, t, dz, numbers.alpha, numbers.beta)
         remains = torch.zeros_like(value)
-        if KINDS[spec.kind] in ("forward_kl", "cross_entropy"):
+        if kind in ("forward_kl", "cross_entropy"):
             tau = tau_s.detach() if isinstance(tau_s, Tensor) else tau_s
             remains = _Gradient.apply(student, (s.p - t.p.detach()) / tau)
         value = torch.where(infinite, remains, value)
         value = torch.where(s.empty | t.empty, math.nan, value)
-        if spec.t2:
+        if choices.t2:
             tau = tau_s.squeeze(-1) if isinstance(tau_s, Tensor) else tau_s
             value = value * tau**2
-        rows = rows + spec.kd_weight * value
-    if spec.ce_weight:
+        rows = rows + numbers.kd_weight * value
+    if numbers.ce_weight:
         s = _Softmax(student, 1.0)
-        value, too_large = _cross_entropy(s, student, labels, spec)
+        value, too_large = _cross_entropy(s, student, labels, numbers.label_smoothing)
         value = torch.where(s.empty, math.nan, value)
         infinite = infinite | too_large
-        rows = rows + spec.ce_weight * value
+        rows = rows + numbers.ce_weight * value
     if row_weight is not None:
         rows = rows * row_weight
         infinite = infinite & (row_weight != 0)
     rows = rows + torch.where(infinite, math.inf, 0.0)
     rows = torch.where(valid, rows, 0.0)
 
-    reduction = REDUCTIONS[spec.reduction]
+    reduction = REDUCTIONS[choices.reduction]
     if reduction == "none":
         return rows.view(leading)
     total = rows.sum()

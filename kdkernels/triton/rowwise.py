@@ -9,12 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
-from kdkernels.divergences import KINDS, REDUCTIONS
+from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers
 from kdkernels.ops.rowwise import (
     GRAD_ROWS,
     GRAD_STUDENT,
     GRAD_TEACHER,
-    Spec,
     compute_dtype,
 )
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
@@ -30,7 +29,8 @@ def arguments(
     row_weight: Tensor | None,  # (N,)
     temperatures: Tensor | None,  # (1,) or (N,)
     teacher_temperatures: Tensor | None,
-    spec: Spec,
+    numbers: Numbers,
+    choices: Choices,
     grads: int,
     inplace: bool = False,
 ) -> dict:
@@ -39,16 +39,16 @@ def arguments(
     rows = student.numel() // classes
     dtype = compute_dtype(student, teacher)
     shape = tile(classes, dtype)
-    ce = spec.ce_weight != 0
+    ce = numbers.ce_weight != 0
     probabilities = ce and labels.dtype != torch.int64
     s_layout, t_layout = row_layout(student), row_layout(teacher)
     l_layout = row_layout(labels) if probabilities else s_layout
     unit = common_unit(s_layout, t_layout, l_layout)
-    same = spec.teacher_temperature == 0
+    same = numbers.teacher_temperature == 0
     if same:
-        spec = spec._replace(teacher_temperature=spec.temperature)
+        numbers = numbers._replace(teacher_temperature=numbers.temperature)
         teacher_temperatures = temperatures
-    reduction = REDUCTIONS[spec.reduction]
+    reduction = REDUCTIONS[choices.reduction]
     divisor = classes if reduction == "mean" else 1
     count = None
     if reduction in ("batchmean", "mean"):
@@ -82,20 +82,20 @@ def arguments(
                 ("inner_stride", layout.inner_stride // unit),
             )
         },
-        "temperature": spec.temperature,
-        "teacher_temperature": spec.teacher_temperature,
-        "kd_weight": spec.kd_weight,
-        "ce_weight": spec.ce_weight,
-        "smoothing": spec.label_smoothing,
+        "temperature": numbers.temperature,
+        "teacher_temperature": numbers.teacher_temperature,
+        "kd_weight": numbers.kd_weight,
+        "ce_weight": numbers.ce_weight,
+        "smoothing": numbers.label_smoothing,
         "normaliser": 1.0 / divisor,
-        "KIND": KINDS[spec.kind],
-        "ALPHA": spec.alpha,
-        "BETA": spec.beta,
-        "KD": spec.kd_weight != 0,
+        "KIND": KINDS[choices.kind],
+        "ALPHA": numbers.alpha,
+        "BETA": numbers.beta,
+        "KD": numbers.kd_weight != 0,
         "CE": ce,
         "PROBABILITIES": probabilities,
         "SAME": same,
-        "T2": spec.t2,
+        "T2": bool(choices.t2),
         "SCALAR_S": temperatures is not None and temperatures.numel() == 1,
         "SCALAR_T": teacher_temperatures is not None and teacher_temperatures.numel() == 1,
         "HALF_S": student.dtype == torch.float16,
@@ -115,27 +115,26 @@ def _addressable(x: Tensor) -> Tensor:
 
 
 def _launch(
-    student, teacher, temperature, teacher_temperature, kind, t2, reduction, grads, labels=None,
-    mask=None, row_weight=None, temperatures=None, teacher_temperatures=None, *rest,
-    inplace=False,
+    student, teacher, numbers, choices, grads, labels=None, mask=None, row_weight=None,
+    temperatures=None, teacher_temperatures=None, *, inplace=False,
 ):  # fmt: skip
     """Run the kernel; return its outputs, those not asked for of size 0."""
-    spec = Spec(temperature, teacher_temperature, kind, t2, reduction, *rest)
+    numbers, choices = Numbers(*numbers), Choices(*choices)
     valid = mask
     if labels is not None and labels.dtype == torch.int64:
-        counts = labels != spec.ignore_index
+        counts = labels != choices.ignore_index
         valid = counts if mask is None else mask & counts
     elif labels is not None:
         labels = _addressable(labels)
     with torch.cuda.device_of(student):
         launch = arguments(
             _addressable(student), _addressable(teacher), labels, valid, row_weight,
-            temperatures, teacher_temperatures, spec, grads, inplace,
+            temperatures, teacher_temperatures, numbers, choices, grads, inplace,
         )  # fmt: skip
         if launch["rows"]:
             rowwise_kernel[(triton.cdiv(launch["rows"], launch["ROWS"]),)](**launch)
     loss = launch["loss"]
-    loss = loss.view(student.shape[:-1]) if REDUCTIONS[spec.reduction] == "none" else loss.sum()
+    loss = loss.view(student.shape[:-1]) if REDUCTIONS[choices.reduction] == "none" else loss.sum()
     outputs = (launch[name] for name in ("grad_student", "grad_teacher", "row_grads"))
     empties = (student.new_empty(0), teacher.new_empty(0), launch["loss"].new_empty(0))
     return loss, *(x if x is not None else e for x, e in zip(outputs, empties, strict=True))

@@ -5,29 +5,34 @@
 #include <cstring>
 
 // One set of kernels per level that the build compiled (see ISA_LEVELS in setup.py).
-#define KD_DECLARE(isa)                                               \
-  namespace kd::isa {                                                 \
-  void rowwise(const RowwiseParams&, int64_t, int64_t);               \
-  void scale_row(const Rows&, int64_t, int64_t, double);              \
-  }
-KD_DECLARE(baseline)
+#define KD_DECLARE(name, arguments) void name arguments;
+namespace kd::baseline { KD_KERNELS(KD_DECLARE) }
 #ifdef KD_X86
-KD_DECLARE(avx2)
-KD_DECLARE(avx512)
+namespace kd::avx2 { KD_KERNELS(KD_DECLARE) }
+namespace kd::avx512 { KD_KERNELS(KD_DECLARE) }
 #endif
 
 namespace kd {
 namespace {
 
-#define KD_LEVEL(isa) Kernels{#isa, isa::rowwise, isa::scale_row}
-
-const Kernels levels[] = {
-    KD_LEVEL(baseline),
+#define KD_ENTRY(name, arguments) name,
+Kernels baseline_level() {
+  using namespace baseline;
+  return {"baseline", KD_KERNELS(KD_ENTRY)};
+}
 #ifdef KD_X86
-    KD_LEVEL(avx2),
-    KD_LEVEL(avx512),
+Kernels avx2_level() {
+  using namespace avx2;
+  return {"avx2", KD_KERNELS(KD_ENTRY)};
+}
+Kernels avx512_level() {
+  using namespace avx512;
+  return {"avx512", KD_KERNELS(KD_ENTRY)};
+}
+const Kernels levels[] = {baseline_level(), avx2_level(), avx512_level()};
+#else
+const Kernels levels[] = {baseline_level()};
 #endif
-};
 
 int best_level() {
 #ifdef KD_X86

@@ -6,10 +6,15 @@
 
 namespace kd {
 
+#define KD_KERNELS(X)                                                                    \
+  X(rowwise, (const RowwiseParams&, int64_t begin, int64_t end))                         \
+  X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))
+
 struct Kernels {
   const char* isa;  // "baseline", "avx2" or "avx512"
-  void (*rowwise)(const RowwiseParams&, int64_t begin, int64_t end);
-  void (*scale_row)(const Rows& grad, int64_t row, int64_t classes, double factor);
+#define KD_POINTER(name, arguments) void(*name) arguments;
+  KD_KERNELS(KD_POINTER)
+#undef KD_POINTER
 };
 
 // The best level that the machine has, or that KDKERNELS_CPU_CAPABILITY names (if it has it).

@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A row of the rowwise family while it is being worked on, and its first step, `measure`.
 
-// -inf as a number: its exp is 0. Rows with fp32 numbers below theirs are for the double path.
-template <class S> constexpr S floor_of = sizeof(S) == 4 ? S(-1e30) : S(-1e300);
 constexpr float exact_range = 60;
-constexpr double beyond = 1e300;  // a sum that has overflowed, or would
 
 // What the sweeps read of a row; they take a copy, which no store can alias.
 template <class S>
@@ -37,39 +34,12 @@ struct Row {
       : p(p), index(i), student{p.student, row_offset(p.student, i)},
         // Without its weight the divergence is not looked at, whatever the teacher holds.
         teacher{p.kd_weight != 0 ? RowReader<S>{p.teacher, row_offset(p.teacher, i)} : student} {
-    const double inv_ts = 1 / get(p.temperature, i), inv_tt = 1 / get(p.teacher_temperature, i);
+    const double inv_ts = 1 / get(p.tau_s, i), inv_tt = 1 / get(p.tau_t, i);
     k.inv_ts = S(inv_ts), k.inv_tt = S(inv_tt);
     k.rate_s = exp_rate<S>(inv_ts), k.rate_t = exp_rate<S>(inv_tt);
     k.shape = {S(p.alpha), S(p.beta)};
   }
 };
-
-struct Whole {};
-struct Part { int n; };
-template <class V, class Body>
-KD_FN void sweep(int n, const Body& body) {
-  int i = 0;
-  for (; i + Lanes<V>::count <= n; i += Lanes<V>::count) body(i, Whole{});
-  if (i < n) body(i, Part{n - i});
-}
-template <class Body>
-KD_FN void for_blocks(int64_t classes, const Body& body) {
-  for (int64_t first = 0; first < classes; first += block)
-    body(first, classes - first < block ? (int)(classes - first) : block);
-}
-
-template <class V, class S>
-KD_FN V read(const S* p, Whole, S) { return load<V>(p); }
-template <class V, class S>
-KD_FN V read(const S* p, Part part, S fill) { return load(p, part.n, fill); }
-template <class V, class S>
-KD_FN void write(S* p, Whole, V v) { store(p, v); }
-template <class V, class S>
-KD_FN void write(S* p, Part part, V v) { store(p, part.n, v); }
-template <class V, class S, class W>
-KD_FN V read_logits(const S* p, W w) {
-  return at_least(read<V>(p, w, floor_of<S>), all<V>(floor_of<S>));
-}
 
 // u_t - u_s; near 0 for a class that is off on both sides. Rows with close maxima and one
 // temperature are subtracted first: exact where the logits are close. With an offset between them

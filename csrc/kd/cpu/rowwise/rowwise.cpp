@@ -23,6 +23,7 @@ namespace kd {
 namespace KD_ISA {
 #include "../simd.h"
 #include "../staging.h"
+#include "../sweep.h"
 #include "../../divergence.h"
 #include "row.h"
 #include "cross_entropy.h"
@@ -335,7 +336,7 @@ double half_boost_of(const Row<S>& r, double tau_s, double tau_t) {
 template <template <class> class Path, class S>
 void finish_row(Row<S>& r) {
   const RowwiseParams& p = r.p;
-  const double tau_s = get(p.temperature, r.index), tau_t = get(p.teacher_temperature, r.index);
+  const double tau_s = get(p.tau_s, r.index), tau_t = get(p.tau_t, r.index);
   const double weight = get(p.row_weight, r.index), scale = p.t2 ? tau_s * tau_s : 1;
   const double per_loss = p.kd_weight * scale;
   const double boost = half_boost_of(r, tau_s, tau_t);
@@ -392,7 +393,7 @@ void rowwise(const RowwiseParams& p, int64_t begin, int64_t end) {
   const bool zero_teacher = takes_zero_teacher(p.kind);
   const double range = exact_range_of(p);
   for (int64_t i = begin; i < end; i++) {
-    if (!row_counts(p, i)) {
+    if (!row_counts(p, p.ignore_index, i)) {
       skip_row(p, i);
       continue;
     }
@@ -408,24 +409,6 @@ void rowwise(const RowwiseParams& p, int64_t begin, int64_t end) {
     measure_row(row);
     finish_row<Robust>(row);
   }
-}
-
-// The backward's part: a saved gradient times what was not known in the forward.
-void scale_row(const Rows& grad, int64_t row, int64_t classes, double factor) {
-  const RowWriter<float> out(grad, row, false);
-  const RowReader<float> in{grad, row_offset(grad, row)};
-  if (grad.dtype == DType::float64) {
-    double* p = (double*)grad.data + row_offset(grad, row);
-    for (int64_t i = 0; i < classes; i++) p[i * grad.class_stride] *= factor;
-    return;
-  }
-  alignas(64) float buffer_in[block], buffer_out[block];
-  for_blocks(classes, [&](int64_t first, int n) {
-    const float* from = in.get(first, n, buffer_in);
-    float* to = out.at(first, buffer_out);
-    for (int i = 0; i < n; i++) to[i] = from[i] * (float)factor;
-    out.flush(first, n, to);
-  });
 }
 
 }  // namespace KD_ISA

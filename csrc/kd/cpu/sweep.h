@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sweeps over the classes of a row, vector by vector and block by block. Included inside an ISA
+// level's namespace, after simd.h and staging.h.
+
+// -inf as a number: its exp is 0. Rows with fp32 numbers below theirs are for the double path.
+template <class S> constexpr S floor_of = sizeof(S) == 4 ? S(-1e30) : S(-1e300);
+constexpr double beyond = 1e300;  // a sum that has overflowed, or would
+
+struct Whole {};
+struct Part { int n; };
+template <class V, class Body>
+KD_FN void sweep(int n, const Body& body) {
+  int i = 0;
+  for (; i + Lanes<V>::count <= n; i += Lanes<V>::count) body(i, Whole{});
+  if (i < n) body(i, Part{n - i});
+}
+template <class Body>
+KD_FN void for_blocks(int64_t classes, const Body& body) {
+  for (int64_t first = 0; first < classes; first += block)
+    body(first, classes - first < block ? (int)(classes - first) : block);
+}
+
+template <class V, class S>
+KD_FN V read(const S* p, Whole, S) { return load<V>(p); }
+template <class V, class S>
+KD_FN V read(const S* p, Part part, S fill) { return load(p, part.n, fill); }
+template <class V, class S>
+KD_FN void write(S* p, Whole, V v) { store(p, v); }
+template <class V, class S>
+KD_FN void write(S* p, Part part, V v) { store(p, part.n, v); }
+template <class V, class S, class W>
+KD_FN V read_logits(const S* p, W w) {
+  return at_least(read<V>(p, w, floor_of<S>), all<V>(floor_of<S>));
+}

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "arrays.h"
+
+namespace kd::python {
+namespace {
+
+void rowwise(const py::array& student, const py::array& teacher, std::vector<double> numbers,
+             std::vector<int64_t> choices, const py::object& labels, const py::object& mask,
+             const py::object& row_weight, const py::object& temperature,
+             const py::object& teacher_temperature, double factor, py::array_t<double> row_loss,
+             const py::object& grad_student, const py::object& grad_teacher,
+             const py::object& row_grads, int threads) {
+  kd::RowwiseParams p;
+  static_cast<kd::RowwiseNumbers&>(p) = unpack<kd::RowwiseNumbers>(numbers);
+  static_cast<kd::RowwiseChoices&>(p) = unpack<kd::RowwiseChoices>(choices);
+  describe_rows(p, student, labels, mask, row_weight, factor, row_loss, row_grads);
+  p.student = rows_of(student, "student"), p.teacher = rows_of(teacher, "teacher");
+  p.tau_s = scalar_of(temperature), p.tau_t = scalar_of(teacher_temperature);
+  p.grad_student = rows_or_none(grad_student, "grad_student");
+  p.grad_teacher = rows_or_none(grad_teacher, "grad_teacher");
+  py::gil_scoped_release release;
+  const auto& kernel = kd::kernels().rowwise;
+  split_rows(p.rows, p.classes, threads,
+             [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+}  // namespace
+
+void bind_rowwise(py::module_& m) { m.def("rowwise", &rowwise); }
+
+}  // namespace kd::python
