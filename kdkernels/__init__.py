@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATSLoss",
+    "DKDLoss",
     "DivergenceLoss",
     "JSDivLoss",
     "KDLoss",
+    "NKDLoss",
     "ReverseKLDivLoss",
     "SoftKLDivLoss",
     "TVDistanceLoss",
+    "WSLDLoss",
     "backends",
     "check",
     "dropin",
@@ -44,12 +48,16 @@ if TYPE_CHECKING:
     from kdkernels.backends import get_backend, set_backend
     from kdkernels.diagnostics import check, info
     from kdkernels.modules import (
+        ATSLoss,
         DivergenceLoss,
+        DKDLoss,
         JSDivLoss,
         KDLoss,
+        NKDLoss,
         ReverseKLDivLoss,
         SoftKLDivLoss,
         TVDistanceLoss,
+        WSLDLoss,
     )
 
 

@@ -17,6 +17,8 @@ from kdkernels.scalars import choice, number
 
 __all__ = [
     "choice",
+    "class_range",
+    "flag",
     "inplace",
     "integer",
     "labels",
@@ -51,8 +53,11 @@ def _same_device(name: str, argument: str, value: torch.Tensor, student: torch.T
         )
 
 
-def logits(name: str, student, teacher) -> None:
-    """Both are floating-point tensors of one shape (..., C), C >= 1, on one device."""
+def logits(name: str, student, teacher, width: int | None = None) -> None:
+    """Both are floating-point tensors of one shape (..., C), C >= 1, on one device.
+
+    With ``width`` the teacher may have that many classes instead.
+    """
     for argument, value in (("student", student), ("teacher", teacher)):
         _tensor(name, argument, value)
         if value.dtype not in _FLOATS:
@@ -62,9 +67,12 @@ def logits(name: str, student, teacher) -> None:
             )
         if value.layout != torch.strided:
             raise TypeError(f"{name}: {argument} must be a dense tensor, got {value.layout}.")
-    if student.shape != teacher.shape:
+    if student.shape != teacher.shape and (
+        width is None or teacher.shape != (*student.shape[:-1], width)
+    ):
+        narrow = "" if width is None else f", or {width} classes"
         raise ValueError(
-            f"{name}: teacher must have the student's shape {tuple(student.shape)}, "
+            f"{name}: teacher must have the student's shape {tuple(student.shape)}{narrow}, "
             f"got {tuple(teacher.shape)}."
         )
     if student.dim() == 0 or student.shape[-1] == 0:
@@ -74,10 +82,11 @@ def logits(name: str, student, teacher) -> None:
     _same_device(name, "teacher", teacher, student)
 
 
-def integer(name: str, argument: str, value) -> None:
+def integer(name: str, argument: str, value) -> int:
     """A Python integer."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: {argument} must be an integer, got {value!r}.")
+    return value
 
 
 def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype):
@@ -104,6 +113,26 @@ def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: t
             bad = value.detach()[~good][0].item()
             raise ValueError(f"{name}: {argument} must be positive and finite, got {bad}.")
     return 1.0, value.reshape(-1).to(dtype).contiguous()
+
+
+def class_range(name: str, value, student) -> tuple[int, int]:
+    """The first class and the number of classes of a range (m, n)."""
+    _tensor(name, "student", student)
+    classes = student.shape[-1] if student.dim() else 0
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: class_range must be a pair (m, n), got {value!r}.")
+    first, last = (integer(name, "class_range", bound) for bound in value)
+    if not 0 <= first < last <= classes:
+        raise ValueError(
+            f"{name}: class_range must be (m, n) with 0 <= m < n <= {classes}, got {value!r}."
+        )
+    return first, last - first
+
+
+def flag(name: str, argument: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be a bool, got {type(value).__name__}.")
+    return value
 
 
 def per_row(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype | None):

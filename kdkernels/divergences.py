@@ -20,8 +20,11 @@ KINDS = (
     "renyi",
     "cross_entropy",
 )
+# What a loss does with the row's target class; the order is that of `Target` there.
+TARGETS = ("ordinary", "decoupled", "separate", "tempered", "weighting")
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
 SCALES = ("t2", "none")
+STANDARD_EPS = 1e-7  # added to the deviation of a standardised row
 
 
 class Numbers(NamedTuple):
@@ -34,15 +37,21 @@ class Numbers(NamedTuple):
     label_smoothing: float = 0.0
     alpha: float = 0.0
     beta: float = 0.0
+    target_weight: float = 0.0
+    target_temperature: float = 0.0
 
 
 class Choices(NamedTuple):
-    """Fields in the order of `RowwiseChoices`; kind and reduction index KINDS and REDUCTIONS."""
+    """Fields in the order of `RowwiseChoices`; strings are given by their index."""
 
     kind: int = 0
     t2: bool = True
     reduction: int = 0
     ignore_index: int = -100
+    target: int = 0
+    standardize: bool = False
+    first: int = 0  # the classes of the divergence
+    width: int = 0  # 0: all of them
 
 
 # Default alpha and beta of each kind that takes them.

@@ -205,7 +205,7 @@ def _rowwise(
         None if row_weight is None else _per_row(name, "row_weight", row_weight, rows, "f"),
         _temperature(name, "temperature", temperature, rows),
         _temperature(name, "teacher_temperature", teacher_temperature, rows),
-        factor, row_loss, *map(_matrix, gradients), row_grads, threads,
+        None, factor, row_loss, *map(_matrix, gradients), row_grads, threads,
     )  # fmt: skip
     dtype = np.float64 if np.float64 in (student.dtype, teacher.dtype) else np.float32
     if reduction == "none":

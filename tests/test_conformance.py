@@ -12,13 +12,15 @@ import torch
 from kdkernels.testing import LOSSES, gradients, leaves, relative_errors
 
 # A divergence of identical logits is 0; a cross-entropy is not.
-DIVERGENCES = [loss for loss in LOSSES.values() if loss.by_row and loss.vanishes]
+DIVERGENCES = [loss for loss in LOSSES.values() if loss.by_row and loss.divergence]
 divergences = pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda loss: loss.name)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_gradient_is_that_of_the_returned_number(loss, backend, device, temperature):
     """axolotl multiplied the loss by T^2 and not its gradient, which was then T^2 too small."""
+    if loss.stops:
+        pytest.skip("its gradient is not the derivative of its value, as published")
     inputs = loss.inputs(3, 17, dtype=torch.float64, device=device, requires_grad=True)
     value = loss(inputs, backend=backend, temperature=temperature)
     step = 1e-6

@@ -58,7 +58,9 @@ def test_golden(case, backend, prefer):
     inputs = {name: torch.from_numpy(arrays[f"in_{name}"]) for name in case["inputs"]}
     wanted = {n: inputs[n].requires_grad_() for n in case["grad_wrt"] + case["no_grad_flow"]}
     values = call(SimpleNamespace(**inputs), SimpleNamespace(**case["hyper"]))
-    for name, value in (values if isinstance(values, dict) else {"loss": values}).items():
+    values = values if isinstance(values, dict) else {"loss": values}
+    for name in values.keys() & arrays.keys():  # not every case has a loss's parts
+        value = values[name]
         _assert_equal(value, arrays[name], name)
         part = name.removeprefix("loss").replace("_", "__", 1)  # as in grad_logits_student__ce
         for n, gradient in zip(

@@ -38,7 +38,7 @@ def assert_gradients(loss, inputs, backend, plain=None, upstream=None, **options
 
 @dtypes
 def test_gradient(loss, dtype, backend, device):
-    for classes in (1, 2, 10, 100, 127, 1001, 4096):
+    for classes in (n for n in (1, 2, 10, 100, 127, 1001, 4096) if n >= loss.fewest_classes):
         inputs = loss.inputs(5, classes, dtype=dtype, device=device, seed=1, requires_grad=True)
         assert_gradients(loss, inputs, backend, lambda x: loss.eager(**x, **loss.hyper))
 
@@ -78,7 +78,8 @@ def test_scalar_temperatures(loss, shape, backend, device):
 
     def check(given, expected):
         given = {n: torch.full(shape, 2.0, device=device, requires_grad=True) for n in given}
-        value = loss({"temperature": 2.0} | inputs | given, backend=backend)
+        options = {"temperature": 2.0, "teacher_temperature": None}
+        value = loss(options | inputs | given, backend=backend)
         for name, gradient in gradients(value, given).items():
             assert gradient.shape == shape
             error = (gradient.double().sum() - expected[name].sum()).abs()
@@ -132,6 +133,8 @@ def test_labels_as_probabilities(backend, device):
 
 
 def test_gradcheck(loss, backend, device):
+    if loss.stops:
+        pytest.skip("its gradient is not the derivative of its value, as published")
     inputs = loss.inputs(3, 4, dtype=torch.float64, device=device, optional=True)
     names = [name for name in loss.differentiable if name in inputs]
     fixed = {name: x for name, x in inputs.items() if name not in names}

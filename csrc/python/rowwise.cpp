@@ -7,7 +7,8 @@ namespace {
 void rowwise(const py::array& student, const py::array& teacher, std::vector<double> numbers,
              std::vector<int64_t> choices, const py::object& labels, const py::object& mask,
              const py::object& row_weight, const py::object& temperature,
-             const py::object& teacher_temperature, double factor, py::array_t<double> row_loss,
+             const py::object& teacher_temperature, const py::object& targets, double factor,
+             py::array_t<double> row_loss,
              const py::object& grad_student, const py::object& grad_teacher,
              const py::object& row_grads, int threads) {
   kd::RowwiseParams p;
@@ -15,6 +16,10 @@ void rowwise(const py::array& student, const py::array& teacher, std::vector<dou
   static_cast<kd::RowwiseChoices&>(p) = unpack<kd::RowwiseChoices>(choices);
   describe_rows(p, student, labels, mask, row_weight, factor, row_loss, row_grads);
   p.student = rows_of(student, "student"), p.teacher = rows_of(teacher, "teacher");
+  p.teacher_classes = teacher.shape(1);
+  p.teacher_first = p.teacher_classes == p.classes ? p.first : 0;
+  p.targets = targets.is_none() ? p.labels
+                                : static_cast<const int64_t*>(targets.cast<py::array>().data());
   p.tau_s = scalar_of(temperature), p.tau_t = scalar_of(teacher_temperature);
   p.grad_student = rows_or_none(grad_student, "grad_student");
   p.grad_teacher = rows_or_none(grad_teacher, "grad_teacher");

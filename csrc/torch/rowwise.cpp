@@ -18,9 +18,10 @@ struct Result {
   std::vector<double> numbers, std::vector<int64_t> choices, int64_t grads,                   \
       std::optional<Tensor> labels, std::optional<Tensor> mask,                               \
       std::optional<Tensor> row_weight, std::optional<Tensor> temperatures,                   \
-      std::optional<Tensor> teacher_temperatures
+      std::optional<Tensor> teacher_temperatures, std::optional<Tensor> targets
 #define KD_ROWWISE_PASSED \
-  numbers, choices, grads, labels, mask, row_weight, temperatures, teacher_temperatures
+  numbers, choices, grads, labels, mask, row_weight, temperatures, teacher_temperatures, \
+      targets
 
 // `p` holds the student and its gradient.
 Result run(kd::RowwiseParams& p, const Tensor& student, const Tensor& teacher,
@@ -29,7 +30,17 @@ Result run(kd::RowwiseParams& p, const Tensor& student, const Tensor& teacher,
   static_cast<kd::RowwiseChoices&>(p) = unpack<kd::RowwiseChoices>(choices);
   Tensor keep_teacher, keep_probs;
   describe_rows(p, student, labels, mask, row_weight, p.reduction, p.ignore_index, keep_probs);
+  if (p.width && p.reduction == mean) p.factor *= static_cast<double>(p.classes) / p.width;
   p.teacher = rows_of(teacher, keep_teacher);
+  p.teacher_classes = teacher.size(teacher.dim() - 1);
+  p.teacher_first = p.teacher_classes == p.classes ? p.first : 0;
+  p.targets = targets ? static_cast<const int64_t*>(targets->const_data_ptr()) : p.labels;
+  if (p.width && p.target != kd::Target::ordinary)
+    for (int64_t i = 0; i < p.rows; i++)
+      STD_TORCH_CHECK(!kd::row_counts(p, p.ignore_index, i) ||
+                          (p.targets[i] >= p.first && p.targets[i] < p.first + p.width),
+                      "labels must be in class_range [", p.first, ", ", p.first + p.width,
+                      "), got ", p.targets[i], ".");
   p.tau_s = scalar_of(temperatures, p.temperature);
   p.tau_t = p.teacher_temperature == 0 && !teacher_temperatures
                 ? p.tau_s
@@ -40,7 +51,9 @@ Result run(kd::RowwiseParams& p, const Tensor& student, const Tensor& teacher,
   const ScalarType dtype = in_double ? ScalarType::Double : ScalarType::Float;
   Tensor grad_teacher = gradient_for(teacher, grads & of_teacher, p.grad_teacher);
   const std::unique_ptr<double[]> row_loss(new double[p.rows]);
-  const std::unique_ptr<double[]> row_grads(grads & of_rows ? new double[4 * p.rows] : nullptr);
+  p.parts = grads & of_parts;
+  const int64_t numbers_a_row = p.parts ? 6 : 4;
+  const std::unique_ptr<double[]> row_grads(grads & of_rows ? new double[numbers_a_row * p.rows] : nullptr);
   p.row_loss = row_loss.get();
   p.row_grads = row_grads.get();
 
@@ -48,7 +61,7 @@ Result run(kd::RowwiseParams& p, const Tensor& student, const Tensor& teacher,
   torch::stable::parallel_for(0, p.rows, kd::rows_per_task(p.classes),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {reduced(p, student, p.reduction, dtype), grad_teacher,
-          p.row_grads ? stored(p.row_grads, {4, p.rows}, dtype) : nothing(dtype)};
+          p.row_grads ? stored(p.row_grads, {numbers_a_row, p.rows}, dtype) : nothing(dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rowwise(Tensor student, Tensor teacher,

@@ -20,7 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Bits of `grads` in the schemas, and REDUCTIONS of kdkernels/divergences.py.
-enum Gradients { of_student = 1, of_teacher = 2, of_rows = 4 };
+enum Gradients { of_student = 1, of_teacher = 2, of_rows = 4, of_parts = 8 };
 enum Reduction { none, sum, batchmean, mean };
 
 // A struct of 8-byte fields from a list of their first few; the rest keep their defaults.

@@ -2,12 +2,27 @@
 """The losses as functions, one module per family."""
 
 from kdkernels.functional.rowwise import (
+    ats_loss,
     divergence,
+    dkd_loss,
     js_div,
     kd_loss,
     kl_div,
+    nkd_loss,
     reverse_kl_div,
     tv_distance,
+    wsld_loss,
 )
 
-__all__ = ["divergence", "js_div", "kd_loss", "kl_div", "reverse_kl_div", "tv_distance"]
+__all__ = [
+    "ats_loss",
+    "divergence",
+    "dkd_loss",
+    "js_div",
+    "kd_loss",
+    "kl_div",
+    "nkd_loss",
+    "reverse_kl_div",
+    "tv_distance",
+    "wsld_loss",
+]

@@ -2,19 +2,27 @@
 """The losses as ``torch.nn`` modules, one file per family."""
 
 from kdkernels.modules.rowwise import (
+    ATSLoss,
     DivergenceLoss,
+    DKDLoss,
     JSDivLoss,
     KDLoss,
+    NKDLoss,
     ReverseKLDivLoss,
     SoftKLDivLoss,
     TVDistanceLoss,
+    WSLDLoss,
 )
 
 __all__ = [
+    "ATSLoss",
+    "DKDLoss",
     "DivergenceLoss",
     "JSDivLoss",
     "KDLoss",
+    "NKDLoss",
     "ReverseKLDivLoss",
     "SoftKLDivLoss",
     "TVDistanceLoss",
+    "WSLDLoss",
 ]

@@ -60,3 +60,19 @@ class DivergenceLoss(RowwiseLoss, function=functional.divergence):
 
 class KDLoss(RowwiseLoss, function=functional.kd_loss):
     """Cross-entropy and softened KL in one pass: :func:`kdkernels.functional.kd_loss`."""
+
+
+class DKDLoss(RowwiseLoss, function=functional.dkd_loss):
+    """Decoupled knowledge distillation: :func:`kdkernels.functional.dkd_loss`."""
+
+
+class NKDLoss(RowwiseLoss, function=functional.nkd_loss):
+    """Normalised knowledge distillation: :func:`kdkernels.functional.nkd_loss`."""
+
+
+class ATSLoss(RowwiseLoss, function=functional.ats_loss):
+    """Asymmetric temperature scaling: :func:`kdkernels.functional.ats_loss`."""
+
+
+class WSLDLoss(RowwiseLoss, function=functional.wsld_loss):
+    """Weighted soft labels: :func:`kdkernels.functional.wsld_loss`."""

@@ -21,7 +21,7 @@ from kdkernels.ops.autograd import (
     scaled,
 )
 
-GRAD_STUDENT, GRAD_TEACHER, GRAD_ROWS = 1, 2, 4
+GRAD_STUDENT, GRAD_TEACHER, GRAD_ROWS, GRAD_PARTS = 1, 2, 4, 8
 
 # Saved fp16 gradients are per row, times this: a gradient already divided by the number of rows
 # would be lost to fp16's underflow before a GradScaler's factor reaches it in the backward.
@@ -31,11 +31,12 @@ HALF_BOOST = 256.0
 _SCHEMA = (
     "(Tensor student, Tensor teacher, float[] numbers, int[] choices, int grads,"
     " Tensor? labels=None, Tensor? mask=None, Tensor? row_weight=None,"
-    " Tensor? temperatures=None, Tensor? teacher_temperatures=None)"
+    " Tensor? temperatures=None, Tensor? teacher_temperatures=None, Tensor? targets=None)"
 )
 # loss: 0-d, or one per row where reduction is "none". grad_student, grad_teacher: like the logits,
 # or of size 0 where not asked for. rows (4, N), or of size 0: the gradients of the loss to
-# row_weight, temperature and teacher_temperature, and the factor an fp16 gradient still lacks.
+# row_weight, temperature and teacher_temperature, and the factor an fp16 gradient still lacks;
+# with GRAD_PARTS (6, N), and what the target and the divergence contribute to the loss.
 _RETURNS = "-> (Tensor loss, Tensor grad_student, Tensor grad_teacher, Tensor rows)"
 
 for _name in ("rowwise", "rowwise_triton"):
@@ -60,7 +61,8 @@ def _fake(student, teacher, numbers, choices, grads, *_):
     grad_student = student.new_empty(student.shape if grads & GRAD_STUDENT else (0,))
     grad_teacher = teacher.new_empty(teacher.shape if grads & GRAD_TEACHER else (0,))
     # math.prod and not Size.numel, which would make the number of rows a constant of the graph.
-    rows = student.new_empty((4, math.prod(leading)) if grads & GRAD_ROWS else (0,), dtype=dtype)
+    shape = (6 if grads & GRAD_PARTS else 4, math.prod(leading)) if grads & GRAD_ROWS else (0,)
+    rows = student.new_empty(shape, dtype=dtype)
     return loss, grad_student, grad_teacher, rows
 
 
@@ -94,25 +96,26 @@ def _operator(backend: str, inplace: bool):
     return _triton[int(inplace)]
 
 
-_NO_GRADIENT = (None,) * 8  # one per argument of the autograd functions
+_NO_GRADIENT = (None,) * 9  # one per argument of the autograd functions
 
 
 class _Rowwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask, call
-    ):
-        name, operator, numbers, choices = call
+        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask,
+        targets, call,
+    ):  # fmt: skip
+        name, operator, numbers, choices, parts = call
         need = ctx.needs_input_grad
         half = (
             need[0] and student.dtype == torch.float16,
             need[1] and teacher.dtype == torch.float16,
         )
         need_rows = need[2] or need[3] or need[4] or half[0] or half[1]
-        grads = GRAD_STUDENT * need[0] | GRAD_TEACHER * need[1] | GRAD_ROWS * need_rows
+        grads = GRAD_STUDENT * need[0] | GRAD_TEACHER * need[1] | GRAD_ROWS * need_rows | parts
         loss, grad_student, grad_teacher, rows = operator(
             student, teacher, numbers, choices, grads, labels, mask, row_weight, temperatures,
-            teacher_temperatures,
+            teacher_temperatures, targets,
         )  # fmt: skip
         if grads == GRAD_STUDENT:
             ctx.save_for_backward(grad_student)
@@ -124,15 +127,19 @@ class _Rowwise(torch.autograd.Function):
         ctx.one_temperature = tuple(
             t is not None and t.numel() == 1 for t in (temperatures, teacher_temperatures)
         )
-        return loss
+        if not parts:
+            return loss
+        shares = rows[4:].clone()
+        ctx.mark_non_differentiable(shares)
+        return loss, shares
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, *_):
         name, grads = ctx.call
         refuse_higher_order(name)
         if grads == GRAD_STUDENT:
             (student,) = ctx.saved_tensors
-            return scaled(student, upstream, None), None, None, None, None, None, None, None
+            return scaled(student, upstream, None), *_NO_GRADIENT[1:]
         student, teacher, rows = ctx.saved_tensors
         need = ctx.needs_input_grad
         gradients = [*_NO_GRADIENT]
@@ -155,14 +162,15 @@ class _RowwiseInplace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask, call
-    ):
-        name, operator, numbers, choices = call
+        ctx, student, teacher, row_weight, temperatures, teacher_temperatures, labels, mask,
+        targets, call,
+    ):  # fmt: skip
+        name, operator, numbers, choices, _ = call
         half = student.dtype == torch.float16
         buffer = student.detach()
         loss, _, rows = operator(
             buffer, teacher, numbers, choices, GRAD_STUDENT | (GRAD_ROWS if half else 0), labels,
-            mask, row_weight, temperatures, teacher_temperatures,
+            mask, row_weight, temperatures, teacher_temperatures, targets,
         )  # fmt: skip
         torch.autograd.graph.increment_version(student)
         ctx.buffer, ctx.version = buffer, student._version
@@ -188,24 +196,43 @@ class _RowwiseInplace(torch.autograd.Function):
 
 
 def apply(
-    name: str, backend: str, student, teacher, rows, numbers: Numbers, choices: Choices,
-    inplace: bool,
-) -> torch.Tensor:  # fmt: skip
-    """Run the family's kernel on validated inputs, recording a gradient where one is needed."""
+    name: str, backend: str, student, teacher, rows, targets, numbers: Numbers, choices: Choices,
+    inplace: bool, parts: bool,
+):  # fmt: skip
+    """Run the family's kernel on validated inputs, recording a gradient where one is needed.
+
+    The loss, with ``parts`` followed by what target and divergence contribute to it.
+    """
     tensors = (student, teacher, rows.row_weight, rows.temperatures, rows.teacher_temperatures)
     refuse_transforms(name, tensors)
     recording = torch.is_grad_enabled() and (
         student.requires_grad or any(t is not None and t.requires_grad for t in tensors[1:])
     )
     operator = _operator(backend, inplace and recording)
+    wanted = (GRAD_ROWS | GRAD_PARTS) * parts
     if inplace and recording:
         if not student.requires_grad or any(t is not None and t.requires_grad for t in tensors[1:]):
             raise NotImplementedError(
                 f"{name}: inplace=True gives a gradient to the student alone; another "
                 "argument requires one."
             )
+        if parts:
+            raise NotImplementedError(f"{name}: inplace=True has no return_parts=True.")
     if recording:
         function = _RowwiseInplace if inplace else _Rowwise
-        call = name, operator, numbers, choices
-        return function.apply(*tensors, rows.labels, rows.mask, call)
-    return operator(student, teacher, numbers, choices, 0, rows.labels, rows.mask, *tensors[2:])[0]
+        call = name, operator, numbers, choices, wanted
+        result = function.apply(*tensors, rows.labels, rows.mask, targets, call)
+        if not parts:
+            return result
+        loss, shares = result
+    else:
+        loss, _, _, per_row = operator(
+            student, teacher, numbers, choices, wanted, rows.labels, rows.mask, *tensors[2:],
+            targets,
+        )  # fmt: skip
+        if not parts:
+            return loss
+        shares = per_row[4:]
+    if REDUCTIONS[choices.reduction] == "none":
+        return loss, *shares.view(2, *student.shape[:-1])
+    return loss, *shares.sum(-1).to(loss.dtype)

@@ -36,8 +36,12 @@ class Loss:
     # It has the rowwise functions' arguments and semantics: student and teacher (..., C), reduced
     # over rows with mask, row_weight and temperatures.
     by_row: bool = True
-    # A divergence: 0 for identical logits.
-    vanishes: bool = True
+    # A divergence of the softmaxes of two rows, which needs no labels: 0 for identical logits.
+    divergence: bool = True
+    # Its published formula stops the gradient of a part: not the derivative of its value.
+    stops: bool = False
+    # With fewer classes it is constant, and what is left is rounding.
+    fewest_classes: int = 1
 
     def inputs(
         self,

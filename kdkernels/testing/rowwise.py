@@ -99,6 +99,61 @@ def _kd(student, teacher, labels, *, temperature, alpha):
     return (1 - alpha) * F.cross_entropy(student, labels) + alpha * soft
 
 
+def _target(like, labels):
+    return torch.zeros_like(like).scatter_(-1, labels.unsqueeze(-1), 1).bool()
+
+
+def _dkd(student, teacher, labels, *, temperature, alpha, beta):
+    """As mdistiller writes it: probabilities of the target and of all others, then the others."""
+    target = _target(student, labels)
+
+    def two(p):
+        return torch.cat([(p * target).sum(-1, True), (p * ~target).sum(-1, True)], -1)
+
+    s, t = F.softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
+    tckd = F.kl_div(two(s).log(), two(t), reduction="none").sum(-1).mean()
+    s = F.log_softmax(student / temperature - 1000 * target, -1)
+    t = F.softmax(teacher / temperature - 1000 * target, -1)
+    nckd = F.kl_div(s, t, reduction="none").sum(-1).mean()
+    return (alpha * tckd + beta * nckd) * temperature**2
+
+
+def _nkd(student, teacher, labels, *, temperature, gamma):
+    """As cls_KD writes it: the others by a boolean index."""
+    others = ~_target(student, labels)
+    at = labels.unsqueeze(-1)
+    q = F.softmax(teacher, -1).gather(-1, at).detach()
+    own = -(q * F.log_softmax(student, -1).gather(-1, at)).mean()
+    shape = (*student.shape[:-1], -1)
+    s, t = student[others].reshape(shape), teacher[others].reshape(shape)
+    s, t = F.log_softmax(s / temperature, -1), F.softmax(t / temperature, -1)
+    return own - gamma * temperature**2 * (t * s).sum(-1).mean()
+
+
+def _ats(student, teacher, labels, *, temperature, target_temperature, teacher_temperature, alpha):
+    tau = torch.full_like(teacher, teacher_temperature)
+    tau.scatter_(-1, labels.unsqueeze(-1), target_temperature)
+    s, t = F.log_softmax(student / temperature, -1), F.softmax(teacher / tau, -1)
+    ce = F.cross_entropy(student.flatten(0, -2), labels.flatten())
+    return (1 - alpha) * ce - alpha * temperature**2 * (t * s).sum(-1).mean()
+
+
+def _wsld(student, teacher, labels, *, temperature, alpha):
+    at = labels.unsqueeze(-1)
+    ce_s = -F.log_softmax(student.detach(), -1).gather(-1, at).squeeze(-1)
+    ce_t = -F.log_softmax(teacher.detach(), -1).gather(-1, at).squeeze(-1)
+    weight = 1 - torch.exp(-ce_s / (ce_t + 1e-7))
+    s, t = F.log_softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
+    return -alpha * temperature**2 * (weight * (t * s).sum(-1)).mean()
+
+
+def _standardized_kl(student, teacher, *, temperature, standardize):
+    def z_score(x):
+        return (x - x.mean(-1, keepdim=True)) / (1e-7 + x.std(-1, keepdim=True))
+
+    return _t2_mean(_kl)(z_score(student), z_score(teacher), temperature=temperature)
+
+
 _ROWWISE = {
     "family": "rowwise",
     "make": logits,
@@ -164,7 +219,7 @@ LOSSES = (
         function=functional.kl_div,
         eager=_soft_cross_entropy,
         hyper={"temperature": 4.0, "compat": "cls_kd"},
-        vanishes=False,
+        divergence=False,
         **_ROWWISE,
     ),
     Loss(
@@ -172,7 +227,55 @@ LOSSES = (
         function=functional.kd_loss,
         eager=_kd,
         hyper={"temperature": 4.0, "alpha": 0.9},
-        vanishes=False,
+        divergence=False,
+        **(_ROWWISE | {"make": labelled_logits}),
+    ),
+    Loss(
+        name="kl_div_standardized",
+        function=functional.kl_div,
+        eager=_standardized_kl,
+        fewest_classes=3,
+        divergence=False,
+        hyper={"temperature": 2.0, "standardize": True},
+        **_ROWWISE,
+    ),
+    Loss(
+        name="dkd_loss",
+        function=functional.dkd_loss,
+        eager=_dkd,
+        divergence=False,
+        hyper={"temperature": 4.0, "alpha": 1.0, "beta": 8.0},
+        **(_ROWWISE | {"make": labelled_logits}),
+    ),
+    Loss(
+        name="nkd_loss",
+        function=functional.nkd_loss,
+        eager=_nkd,
+        stops=True,
+        hyper={"temperature": 1.0, "gamma": 1.5},
+        divergence=False,
+        **(_ROWWISE | {"make": labelled_logits}),
+    ),
+    Loss(
+        name="ats_loss",
+        function=functional.ats_loss,
+        eager=_ats,
+        hyper={
+            "temperature": 1.0,
+            "target_temperature": 4.0,
+            "teacher_temperature": 2.0,
+            "alpha": 0.5,
+        },
+        divergence=False,
+        **(_ROWWISE | {"make": labelled_logits}),
+    ),
+    Loss(
+        name="wsld_loss",
+        function=functional.wsld_loss,
+        eager=_wsld,
+        stops=True,
+        hyper={"temperature": 4.0, "alpha": 2.25},
+        divergence=False,
         **(_ROWWISE | {"make": labelled_logits}),
     ),
 )

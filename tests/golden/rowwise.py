@@ -202,3 +202,104 @@ def _distillkit(kind):
 adapter("dense_kl", "DistillKit")(_distillkit("forward_kl"))
 adapter("dense_jsd", "DistillKit")(_distillkit("js"))
 adapter("dense_tvd", "DistillKit")(_distillkit("tv"))
+
+
+@adapter("dkd", "mdistiller", "restated")
+@adapter("lsdkd", "logit-standardization-KD")
+@adapter("ctkd_dkd", "CTKD")
+def _(x, h):
+    def loss(alpha, beta):
+        temperature = getattr(x, "temperature", None)
+        return kd.dkd_loss(
+            x.logits_student, x.logits_teacher, x.target, alpha=alpha, beta=beta,
+            temperature=h.temperature if temperature is None else temperature,
+            standardize=hasattr(h, "std"), compat="mdistiller",
+        )  # fmt: skip
+
+    parts = {"loss_tckd": loss(1.0, 0.0), "loss_nckd": loss(0.0, 1.0)}
+    return {"loss": loss(h.alpha, h.beta), **parts}
+
+
+@adapter("dkd", "mmrazor", "cls_KD")
+def _(x, h):
+    return getattr(h, "loss_weight", 1.0) * kd.dkd_loss(
+        x.logits_student, x.logits_teacher, x.target, temperature=h.temperature, alpha=h.alpha,
+        beta=h.beta, reduction=getattr(h, "reduction", "batchmean"), compat="mmrazor",
+    )  # fmt: skip
+
+
+@adapter("dkd_ce", "mdistiller")
+def _(x, h):
+    def loss(weight, warmup):
+        return kd.dkd_loss(
+            x.logits_student, x.logits_teacher, x.target, temperature=h.temperature, alpha=h.alpha,
+            beta=h.beta, warmup=warmup, ce_weight=weight,
+        )  # fmt: skip
+
+    return {
+        "loss": loss(h.ce_weight, h.warmup_factor),
+        "loss_ce": loss(h.ce_weight, 0.0),
+        "loss_kd": loss(0.0, h.warmup_factor),
+    }
+
+
+@adapter("nkd", "cls_KD")
+def _(x, h):
+    return kd.nkd_loss(
+        x.logits_student, x.logits_teacher, x.target, temperature=h.temperature, gamma=h.gamma,
+        compat="cls_kd",
+    )  # fmt: skip
+
+
+@adapter("ats", "ATS-LargeKD")
+def _(x, h):
+    def loss(alpha):
+        return kd.ats_loss(
+            x.logits_student, x.logits_teacher, x.target, temperature=h.s_tau, alpha=alpha,
+            target_temperature=h.tau1_target, teacher_temperature=h.tau2_other,
+        )  # fmt: skip
+
+    return {"loss": loss(h.lamb), "loss_ce": loss(0.0), "loss_kd": loss(1.0)}
+
+
+@adapter("wsld", "cls_KD", "mmrazor")
+def _(x, h):
+    return kd.wsld_loss(
+        x.logits_student, x.logits_teacher, x.target, temperature=h.temperature,
+        alpha=getattr(h, "alpha", getattr(h, "loss_weight", None)), compat="cls_kd",
+    )  # fmt: skip
+
+
+@adapter("lskd", "logit-standardization-KD", "torchdistill")
+def _(x, h):
+    return kd.kl_div(
+        x.logits_student, x.logits_teacher, temperature=h.temperature, standardize=True,
+        scale="t2" if h.t2 else "none",
+    )  # fmt: skip
+
+
+@adapter("lskd_ce", "torchdistill")
+def _(x, h):
+    return kd.kd_loss(
+        x.logits_student, x.logits_teacher, x.target, temperature=h.temperature, standardize=True,
+        ce_weight=h.alpha, kd_weight=1 - h.alpha if h.beta is None else h.beta,
+    )  # fmt: skip
+
+
+@adapter("kd_class_window", "restated")
+def _(x, h):
+    return kd.kl_div(
+        x.logits_student, x.logits_teacher, temperature=h.temperature, class_range=(h.lo, h.hi),
+        compat="cls_kd",
+    )  # fmt: skip
+
+
+@adapter("ctkd", "CTKD")
+def _(x, h):
+    # The temperature's curriculum is the trainer's; here by its formula, with gradient reversal.
+    def temperature():
+        theta = h.grl_lambda * x.theta + (1 - h.grl_lambda) * x.theta.detach()
+        return (h.t_start + h.t_end * theta.sigmoid()).squeeze()
+
+    loss = kd.kl_div(x.logits_student, x.logits_teacher, temperature=temperature())
+    return {"loss": loss, "loss_temperature": temperature()}

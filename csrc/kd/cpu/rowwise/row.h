@@ -14,32 +14,110 @@ struct Scalars {
   Shape<S> shape;
 };
 
+// One side's logits of the divergence's classes.
+template <class S>
+struct Side {
+  RowReader<S> reader;
+  int64_t patched = -1;      // a class that is read as `patch`
+  S patch = 0;
+  bool one_block = false;
+  const S* read = nullptr;   // the row's only block, converted and patched once
+  // Where the row is standardised; `spread` takes a slope to the gradient through the deviation.
+  double mean = 0, std = 0, spread = 0;
+  alignas(64) S buffer[block];
+
+  explicit Side(const RowReader<S>& reader) : reader(reader) {}
+
+  const S* get(int64_t first, int n) {
+    if (read) return read;
+    const S* z = reader.get(first, n, buffer);
+    if (patched >= first && patched < first + n) {
+      if (z != buffer) __builtin_memcpy(buffer, z, n * sizeof(S));
+      buffer[patched - first] = patch;
+      z = buffer;
+    }
+    if (one_block) read = z;
+    return z;
+  }
+  S at(int64_t i) const {
+    S z;
+    return *reader.get(i, 1, &z);
+  }
+};
+
 template <class S>
 struct Row {
   const RowwiseParams& p;
-  int64_t index;
-  RowReader<S> student, teacher;
+  int64_t index, classes;  // of the divergence
+  int64_t target = -1;     // among them
+  Side<S> student, teacher;
   Scalars<S> k;
   // measured
   S lowest, highest;            // of u_t - u_s
   double sum_s, sum_t, excess;  // S; sum exp(u_t); A
-  double sum_plain;             // sum exp(z_s - max), for the cross-entropy if it is wanted
+  double plain_s, plain_t;      // sum exp(z - max) at temperature 1, where it is wanted
   alignas(64) S exp_s[block], exp_t[block];  // exp(u_s) and exp(u_t) of one block
-  // reduced: f, p_s df/dp_s, p_t df/dp_t
-  double value = 0, centre_s = 0, centre_t = 0;
-  // emitted: sums of du (z - max), for the temperatures
-  double slope_s = 0, slope_t = 0;
+  // A gradient is du times its factor, where du = share (p df/dp - p centre) - p shift; and the
+  // target's own where it is hidden from the sweeps.
+  double share = 1, shift_s = 0, shift_t = 0;
+  bool infinite = false;     // what the target has of its own is
+  double teacher_ratio = 1;  // of the target's logit as it is read
+  // reduced: f, p_s df/dp_s, p_t df/dp_t; sums of du (z - max), for temperatures and deviations,
+  // and of p (z - max)
+  double value = 0, centre_s = 0, centre_t = 0, slope_s = 0, slope_t = 0, tilt_s = 0, tilt_t = 0;
 
   Row(const RowwiseParams& p, int64_t i)
-      : p(p), index(i), student{p.student, row_offset(p.student, i)},
+      : p(p), index(i), classes(p.width ? p.width : p.classes),
+        student(RowReader<S>{p.student, row_offset(p.student, i) + p.first * p.student.class_stride}),
         // Without its weight the divergence is not looked at, whatever the teacher holds.
-        teacher{p.kd_weight != 0 ? RowReader<S>{p.teacher, row_offset(p.teacher, i)} : student} {
-    const double inv_ts = 1 / get(p.tau_s, i), inv_tt = 1 / get(p.tau_t, i);
-    k.inv_ts = S(inv_ts), k.inv_tt = S(inv_tt);
-    k.rate_s = exp_rate<S>(inv_ts), k.rate_t = exp_rate<S>(inv_tt);
+        teacher(p.kd_weight != 0 || p.target_weight != 0
+                    ? RowReader<S>{p.teacher, row_offset(p.teacher, i) +
+                                                  p.teacher_first * p.teacher.class_stride}
+                    : student.reader) {
+    student.one_block = teacher.one_block = classes <= block;
     k.shape = {S(p.alpha), S(p.beta)};
+    if (p.target != Target::ordinary) target = p.targets[i] - p.first;
+  }
+  bool target_known() const { return target >= 0 && target < classes; }
+  bool target_hidden() const { return student.patched >= 0; }
+  void temper(double tau_s, double tau_t) {
+    k.inv_ts = S(1 / tau_s), k.inv_tt = S(1 / tau_t);
+    k.rate_s = exp_rate<S>(1 / tau_s), k.rate_t = exp_rate<S>(1 / tau_t);
   }
 };
+
+constexpr double standard_eps = 1e-7;  // added to the deviation; STANDARD_EPS in kdkernels/divergences.py
+
+// Mean and standard deviation (unbiased) of the finite classes.
+template <class S>
+void describe(Side<S>& side, int64_t classes) {
+  using V = typename VectorOf<S>::V;
+  double shift = 0, count = 0, total = 0, squares = 0;
+  for (int pass = 0; pass < 3; pass++) {  // any finite logit, the mean about it, the deviations
+    for_blocks(classes, [&](int64_t first, int n) {
+      const S* z = side.get(first, n);
+      if (pass == 0) {
+        for (int i = 0; i < n && count == 0; i++)
+          if (z[i] > floor_of<S>) shift = z[i], count = 1;
+        return;
+      }
+      const S centre = S(pass == 1 ? shift : side.mean);
+      V sum_c{}, sum_2{}, finite{};
+      sweep<V>(n, [&](int i, auto w) {
+        const V x = read<V>(z + i, w, floor_of<S>), c = x - centre;
+        const auto on = !(x <= all<V>(floor_of<S>));
+        if (pass == 1) finite += select(on, all<V>(S(1)), V{}), sum_c += select(on, c, V{});
+        else sum_2 += select(on, c * c, V{});
+      });
+      if (pass == 1) count += sum(finite), total += sum(sum_c);
+      else squares += sum(sum_2);
+    });
+    if (pass == 0) count = 0;
+    if (pass == 1) side.mean = count > 0 ? shift + total / count : 0;
+  }
+  side.std = count > 1 ? __builtin_sqrt(squares / (count - 1)) : 0;
+  side.spread = side.std > 0 ? 1 / ((standard_eps + side.std) * (count - 1) * side.std) : 0;
+}
 
 // u_t - u_s; near 0 for a class that is off on both sides. Rows with close maxima and one
 // temperature are subtracted first: exact where the logits are close. With an offset between them
@@ -51,17 +129,16 @@ KD_FN V log_ratio(const Scalars<S>& k, V s, V t) {
   return select(s + t <= all<V>(2 * floor_of<S>), V{}, d);
 }
 
-// `plain`: the cross-entropy's normaliser too.
-template <bool plain, class S>
+// `plain`: how many of the sums at temperature 1 are wanted, the student's first.
+template <int plain, class S>
 void measure(Row<S>& r) {
   using V = typename VectorOf<S>::V;
   r.k.max_s = r.k.max_t = floor_of<S>;
   r.lowest = r.highest = 0;
-  r.sum_s = r.sum_t = r.excess = r.sum_plain = 0;
-  alignas(64) S buffer_s[block], buffer_t[block];
-  for_blocks(r.p.classes, [&](int64_t first, int n) {
-    const S* s = r.student.get(first, n, buffer_s);
-    const S* t = r.teacher.get(first, n, buffer_t);
+  r.sum_s = r.sum_t = r.excess = r.plain_s = r.plain_t = 0;
+  for_blocks(r.classes, [&](int64_t first, int n) {
+    const S* s = r.student.get(first, n);
+    const S* t = r.teacher.get(first, n);
     V high_s = all<V>(r.k.max_s), high_t = all<V>(r.k.max_t);
     sweep<V>(n, [&](int i, auto w) {
       high_s = at_least(read<V>(s + i, w, floor_of<S>), high_s);
@@ -76,11 +153,13 @@ void measure(Row<S>& r) {
       const double shift = fall_t - fall_s, scale = __builtin_exp(fall_s);
       r.excess = scale * (r.excess * __builtin_exp(shift) + r.sum_s * __builtin_expm1(shift));
       r.sum_s *= scale, r.sum_t *= __builtin_exp(fall_t);
-      r.sum_plain *= __builtin_exp(fall_s / r.k.inv_ts);
+      r.plain_s *= __builtin_exp(fall_s / r.k.inv_ts);
+      r.plain_t *= __builtin_exp(fall_t / r.k.inv_tt);
       r.lowest += (S)shift, r.highest += (S)shift;
     }
     const Scalars<S> k = r.k;
-    V sum_s{}, sum_t{}, excess{}, sum_plain{}, low = all<V>(r.lowest), high = all<V>(r.highest);
+    V sum_s{}, sum_t{}, excess{}, plain_s{}, plain_t{}, low = all<V>(r.lowest),
+        high = all<V>(r.highest);
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
       const V d = log_ratio(k, zs, zt);
@@ -89,14 +168,16 @@ void measure(Row<S>& r) {
       low = at_most(d, low), high = at_least(d, high);
       write<V>(r.exp_s + i, w, exp_s), write<V>(r.exp_t + i, w, exp_t);
       sum_s += exp_s;
-      if constexpr (plain) sum_plain += exp_at_rate(zs - k.max_s, exp_rate<S>(1));
+      if constexpr (plain >= 1) plain_s += exp_at_rate(zs - k.max_s, exp_rate<S>(1));
+      if constexpr (plain >= 2) plain_t += exp_at_rate(zt - k.max_t, exp_rate<S>(1));
       sum_t += exp_t;
       if constexpr (sizeof(S) == 4)
         excess +=
             select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
     });
     r.sum_s += sum(sum_s), r.sum_t += sum(sum_t), r.excess += sum(excess);
-    if constexpr (plain) r.sum_plain += sum(sum_plain);
+    if constexpr (plain >= 1) r.plain_s += sum(plain_s);
+    if constexpr (plain >= 2) r.plain_t += sum(plain_t);
     r.lowest = -largest(-low), r.highest = largest(high);
   });
 }
@@ -104,7 +185,7 @@ void measure(Row<S>& r) {
 // exp(u_s) and exp(u_t) of a block; those of a row's only block are still there from `measure`.
 template <class S>
 void exponentials(Row<S>& r, int n, const S* s, const S* t) {
-  if (r.p.classes <= block) return;
+  if (r.classes <= block) return;
   using V = typename VectorOf<S>::V;
   const Scalars<S> k = r.k;
   sweep<V>(n, [&](int i, auto w) {

@@ -10,6 +10,9 @@
 //            gradient of forward KL, whose sum is 0
 //   emit     the gradients
 //
+// Before these, a row may be described (standardised logits are logits at a temperature of the
+// row's own, whose gradient goes through its deviation) and its target placed (target.h).
+//
 // all in fp32. A row that this cannot hold (fp64 input, -inf on one side, a log-ratio beyond
 // `exact_range`) takes the same steps in double, where log-normalisers are subtracted plainly.
 #include <stdint.h>
@@ -27,6 +30,8 @@ namespace KD_ISA {
 #include "../../divergence.h"
 #include "row.h"
 #include "cross_entropy.h"
+#include "target.h"
+#include "paths.h"
 
 // How far apart the logits of a class may be for fp32: powers multiply that, and Renyi's logarithm
 // gives the error of a large sum to a small result.
@@ -61,130 +66,45 @@ inline void normalise(Row<double>& r) {
   r.k.delta = r.k.log_sum_t - r.k.log_sum_s;
 }
 
-template <class V>
-struct Class {
-  V value, student, teacher;  // the divergence's term, and p df/dp of either side, uncentred
-  V p_s, p_t;
-};
-
-// In fp32 the base is the student throughout.
-template <class K>
-struct Exact {
-  template <class V>
-  static KD_FN Class<V> terms(const Scalars<float>& k, V s, V t, V exp_s, V exp_t) {
-    const V p = exp_s * k.inv_sum_s, direct = exp_t * k.inv_sum_t;
-    const V log_p = (s - k.max_s) * k.inv_ts - k.log_sum_s;
-    const V d = log_ratio(k, s, t) - k.delta;
-    const auto near = is_near(d);
-    const V square = d * d * expm1_tail(d), growth = d + square;  // if near
-    const V q = select(near, p + p * growth, direct);
-    const V gap = select(near, p * growth, direct - p);
-    const V e = select(near, growth, exp(d) - 1.f);
-    const Terms<V> f =
-        K::terms(Sides<V, decltype(near)>{p, q, gap, d, d, e, p * square, log_p, near}, k.shape);
-    return {f.value, f.base, f.other, p, q};
-  }
-};
-
-template <class V>
-struct LogProbs {
-  V s, t, p_s, p_t, d;  // d = t - s; infinite where one side is off
-  KD_FN LogProbs(const Scalars<double>& k, V zs, V zt, V exp_s, V exp_t) {
-    const V us = (zs - k.max_s) * k.inv_ts, ut = (zt - k.max_t) * k.inv_tt;
-    const V off = all<V>(floor_of<double>), infinity = all<V>(__builtin_inf());
-    s = us - k.log_sum_s, t = ut - k.log_sum_t;
-    p_s = exp_s * k.inv_sum_s, p_t = exp_t * k.inv_sum_t;
-    d = log_ratio(k, zs, zt) - k.delta;
-    d = select(zs <= off, select(zt <= off, V{}, infinity), select(zt <= off, -infinity, d));
-  }
-};
-
-// In double anything goes: the base is the side with the larger probability.
-template <class K>
-struct Robust {
-  template <class V>
-  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V exp_s, V exp_t) {
-    const LogProbs<V> log(k, s, t, exp_s, exp_t);
-    const V zero{};
-    const auto student = log.d <= zero;
-    const V d = select(student, log.d, -log.d);
-    const V p = select(student, log.p_s, log.p_t), q = select(student, log.p_t, log.p_s);
-    const auto near = is_near(d);
-    const Exp<V> e = exp_parts(d);
-    const Sides<V, decltype(near)> sides{
-        p, q, select(near, p * e.minus_one, q - p), d, at_least(d, all<V>(Lanes<V>::lowest_exp)),
-        e.minus_one, p * e.excess, select(student, log.s, log.t), near};
-    const Terms<V> f = K::terms(sides, k.shape), g = K::Swapped::terms(sides, K::swap(k.shape));
-    const auto live = p > zero;  // else it contributes nothing, whatever its ratio
-    return {select(live, select(student, f.value, g.value), zero),
-            select(live, select(student, f.base, g.other), zero),
-            select(live, select(student, f.other, g.base), zero), log.p_s, log.p_t};
-  }
-};
-
-// Renyi where ab's sum may overflow: in logarithms, with the escort distribution w for gradients.
-struct RenyiFar {
-  template <class V>
-  static KD_FN V log_term(const Scalars<double>& k, const LogProbs<V>& log) {
-    const V mixed = log.t * k.shape.alpha + log.s * (1 - k.shape.alpha);
-    return select(log.d * log.d < all<V>(beyond), mixed, all<V>(floor_of<double>));
-  }
-  template <class V>
-  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V exp_s, V exp_t) {
-    const LogProbs<V> log(k, s, t, exp_s, exp_t);
-    const V w = exp(log_term(k, log) - k.log_mixed);
-    const double slope = k.shape.alpha / (k.shape.alpha - 1);
-    return {V{}, log.p_s - w, slope * (w - log.p_t), log.p_s, log.p_t};
-  }
-};
-
-// No divergence: its weight is 0, or the row is infinite.
-struct Nothing {
-  template <class S, class V>
-  static KD_FN Class<V> terms(const Scalars<S>&, V, V, V, V) { return {V{}, V{}, V{}, V{}, V{}}; }
-};
-
-// What an infinite cross-entropy or forward KL keeps: the student's gradient, p_s - p_t.
-struct Difference {
-  template <class V>
-  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V exp_s, V exp_t) {
-    const LogProbs<V> log(k, s, t, exp_s, exp_t);
-    return {V{}, log.p_s - log.p_t, V{}, log.p_s, log.p_t};
-  }
-};
-
 template <class C, class S>
 void reduce(Row<S>& r) {
   using V = typename VectorOf<S>::V;
-  double mass_s = 0, mass_t = 0;
-  alignas(64) S buffer_s[block], buffer_t[block];
-  for_blocks(r.p.classes, [&](int64_t first, int n) {
-    const S* s = r.student.get(first, n, buffer_s);
-    const S* t = r.teacher.get(first, n, buffer_t);
+  const bool slopes = r.p.row_grads || r.p.standardize;
+  double mass_s = 0, mass_t = 0, tilt_s = 0, tilt_t = 0;
+  for_blocks(r.classes, [&](int64_t first, int n) {
+    const S* s = r.student.get(first, n);
+    const S* t = r.teacher.get(first, n);
     const Scalars<S> k = r.k;
     exponentials(r, n, s, t);
-    V value{}, student{}, teacher{}, p_s{}, p_t{};
+    V value{}, student{}, teacher{}, p_s{}, p_t{}, slope_s{}, slope_t{}, leaning_s{}, leaning_t{};
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
       const Class<V> c = C::terms(k, zs, zt, read<V>(r.exp_s + i, w, S(0)),
                                   read<V>(r.exp_t + i, w, S(0)));
       value += c.value, student += c.student, teacher += c.teacher;
       p_s += c.p_s, p_t += c.p_t;
+      if (slopes) {
+        const V us = zs - k.max_s, ut = zt - k.max_t;
+        slope_s += c.student * us, leaning_s += c.p_s * us;
+        slope_t += c.teacher * ut, leaning_t += c.p_t * ut;
+      }
     });
     r.value += sum(value), r.centre_s += sum(student), r.centre_t += sum(teacher);
     mass_s += sum(p_s), mass_t += sum(p_t);
+    if (r.p.standardize) r.slope_s += sum(slope_s), r.slope_t += sum(slope_t);
+    tilt_s += sum(leaning_s), tilt_t += sum(leaning_t);
   });
   // Over the mass as it was rounded, so that a constant in the terms leaves no trace.
   r.centre_s /= mass_s, r.centre_t /= mass_t;
+  r.tilt_s = tilt_s / mass_s, r.tilt_t = tilt_t / mass_t;
 }
 
 inline void reduce_renyi_far(Row<double>& r) {
-  alignas(64) double buffer_s[block], buffer_t[block];
   double most = floor_of<double>, mass = 0, lost = 0;  // lost: teacher mass where the student is off
   for (int pass = 0; pass < 2; pass++)
-    for_blocks(r.p.classes, [&](int64_t first, int n) {
-      const double* s = r.student.get(first, n, buffer_s);
-      const double* t = r.teacher.get(first, n, buffer_t);
+    for_blocks(r.classes, [&](int64_t first, int n) {
+      const double* s = r.student.get(first, n);
+      const double* t = r.teacher.get(first, n);
       vd high = all<vd>(most), total{}, off{};
       sweep<vd>(n, [&](int i, auto w) {
         const vd zs = read_logits<vd>(s + i, w);
@@ -204,10 +124,46 @@ inline void reduce_renyi_far(Row<double>& r) {
   r.value = infinite ? __builtin_inf() : r.k.log_mixed / (alpha - 1);
 }
 
-// What the gradients are multiplied by, per du of either side.
+// What the gradients are multiplied by, per du of either side; and, of standardised rows, what
+// their deviation takes away per distance from the mean.
 struct Scaling {
-  double student, teacher;
+  double student, teacher, spread_s = 0, spread_t = 0;
 };
+
+// Classes that the divergence does not see: the student's have their cross-entropy.
+template <class S>
+void emit_outside(const CrossEntropyRow<S>& ce, const RowWriter<S>& to_s,
+                  const RowWriter<S>& to_t, int64_t begin, int64_t end, int64_t begin_t,
+                  int64_t end_t) {
+  if (begin == end && begin_t == end_t) return;
+  alignas(64) S buffer[block], out[block];
+  for_blocks(to_s.wanted() ? end - begin : 0, [&](int64_t first, int n) {
+    S* grad = to_s.at(begin + first, out);
+    __builtin_memset(grad, 0, n * sizeof(S));
+    if (ce.wanted) ce.emit(begin + first, n, ce.student.get(begin + first, n, buffer), grad);
+    to_s.flush(begin + first, n, grad);
+  });
+  for_blocks(to_t.wanted() ? end_t - begin_t : 0, [&](int64_t first, int n) {
+    S* grad = to_t.at(begin_t + first, out);
+    __builtin_memset(grad, 0, n * sizeof(S));
+    to_t.flush(begin_t + first, n, grad);
+  });
+}
+
+// What the sweep could not say of the target.
+template <class S>
+void emit_target(const Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling, S& grad_s,
+                 S& grad_t) {
+  if (r.p.target == Target::tempered && r.p.grad_teacher.data) grad_t *= S(r.teacher_ratio);
+  if (!r.target_hidden()) return;
+  const auto own = [](const Side<S>& side, S z, double du, double factor, double spread) {
+    return S(du * factor - (z > floor_of<S> ? (z - side.mean) * spread : 0));
+  };
+  const S z_s = r.student.at(r.target), z_t = r.teacher.at(r.target);
+  grad_s = own(r.student, z_s, r.shift_s, scaling.student, scaling.spread_s);
+  grad_t = own(r.teacher, z_t, r.shift_t, scaling.teacher, scaling.spread_t);
+  if (ce.wanted) grad_s += ce.missing(z_s);
+}
 
 template <class C, bool with_value, class S>
 void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
@@ -215,40 +171,57 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   const RowwiseParams& p = r.p;
   const RowWriter<S> to_s(p.grad_student, r.index, p.grad_student.data == p.student.data);
   const RowWriter<S> to_t(p.grad_teacher, r.index, false);
-  alignas(64) S buffer_s[block], buffer_t[block], out_s[block], out_t[block];
-  for_blocks(p.classes, [&](int64_t first, int n) {
-    const S* s = r.student.get(first, n, buffer_s);
-    const S* t = r.teacher.get(first, n, buffer_t);
-    S* grad_s = to_s.wanted() ? to_s.at(first, out_s) : out_s;
-    S* grad_t = to_t.wanted() ? to_t.at(first, out_t) : out_t;
+  alignas(64) S out_s[block], out_t[block];
+  emit_outside(ce, to_s, to_t, 0, p.first, 0, p.teacher_first);
+  for_blocks(r.classes, [&](int64_t first, int n) {
+    const S* s = r.student.get(first, n);
+    const S* t = r.teacher.get(first, n);
+    S* grad_s = to_s.wanted() ? to_s.at(p.first + first, out_s) : out_s;
+    S* grad_t = to_t.wanted() ? to_t.at(p.teacher_first + first, out_t) : out_t;
     // Copies that no store can alias.
     const Scalars<S> k = r.k;
-    const S centre_s = S(r.centre_s), centre_t = S(r.centre_t);
-    const S factor_s = S(scaling.student), factor_t = S(scaling.teacher);
+    const S share = S(r.share), factor_s = S(scaling.student), factor_t = S(scaling.teacher);
+    const S centre_s = S(r.share * r.centre_s + r.shift_s);
+    const S centre_t = S(r.share * r.centre_t + r.shift_t);
+    const S spread_s = S(scaling.spread_s), spread_t = S(scaling.spread_t);
+    const S mean_s = S(r.student.mean), mean_t = S(r.teacher.mean);
+    const bool standardize = p.standardize, slopes = p.row_grads && !standardize;
+    const bool teacher_too = to_t.wanted() || slopes;
     exponentials(r, n, s, t);
-    const bool teacher_too = to_t.wanted() || p.row_grads;
-    V value{}, slope_s{}, slope_t{};
+    V value{}, slope_s{}, slope_t{}, drift_s{}, drift_t{};
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
       const Class<V> c = C::terms(k, zs, zt, read<V>(r.exp_s + i, w, S(0)),
                                   read<V>(r.exp_t + i, w, S(0)));
-      const V du = c.student - c.p_s * centre_s;
       if (with_value) value += c.value;
-      write<V>(grad_s + i, w, du * factor_s);
-      if (teacher_too) {
-        const V dv = c.teacher - c.p_t * centre_t;
-        write<V>(grad_t + i, w, dv * factor_t);
-        slope_s += du * (zs - k.max_s), slope_t += dv * (zt - k.max_t);
-      }
+      const V du = c.student * share - c.p_s * centre_s;
+      V grad = du * factor_s;
+      if (standardize)
+        grad -= select(zs > all<V>(floor_of<S>), (zs - mean_s) * spread_s, V{});
+      write<V>(grad_s + i, w, grad);
+      if (!teacher_too) return;
+      const V dv = c.teacher * share - c.p_t * centre_t;
+      grad = dv * factor_t;
+      if (standardize)
+        grad -= select(zt > all<V>(floor_of<S>), (zt - mean_t) * spread_t, V{});
+      write<V>(grad_t + i, w, grad);
+      slope_s += du * (zs - k.max_s), slope_t += dv * (zt - k.max_t);
+      drift_s += du, drift_t += dv;
     });
     if (with_value) r.value += sum(value);
-    if (teacher_too) r.slope_s += sum(slope_s), r.slope_t += sum(slope_t);
+    // du sums to 0, but for the rounding of its centre.
+    if (slopes) r.slope_s += sum(slope_s) - sum(drift_s) * r.tilt_s;
+    if (slopes) r.slope_t += sum(slope_t) - sum(drift_t) * r.tilt_t;
+    if (r.target >= first && r.target < first + n)
+      emit_target(r, ce, scaling, grad_s[r.target - first], grad_t[r.target - first]);
     if (to_s.wanted()) {
-      if (ce.wanted) ce.emit(r, first, n, s, grad_s);
-      to_s.flush(first, n, grad_s);
+      if (ce.wanted) ce.emit(p.first + first, n, s, grad_s);
+      to_s.flush(p.first + first, n, grad_s);
     }
-    if (to_t.wanted()) to_t.flush(first, n, grad_t);
+    if (to_t.wanted()) to_t.flush(p.teacher_first + first, n, grad_t);
   });
+  emit_outside(ce, to_s, to_t, p.first + r.classes, p.classes, p.teacher_first + r.classes,
+               p.teacher_classes);
 }
 
 // The divergence of a measured row, and all its gradients. `centred`: the student's terms of C sum
@@ -257,38 +230,51 @@ template <class C, bool centred, class S>
 void finish(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   const RowwiseParams& p = r.p;
   const bool gradients = p.grad_student.data || p.grad_teacher.data || p.row_grads;
-  if (centred && sizeof(S) == 4 && gradients && !p.grad_teacher.data && !p.row_grads)
+  if (centred && sizeof(S) == 4 && gradients && !p.grad_teacher.data && !p.row_grads &&
+      !p.standardize)
     return emit<C, true>(r, ce, scaling);
 
-  double growth = 1;  // of Renyi over ab's sum
-  if constexpr (__is_same(C, RenyiFar)) {
-    reduce_renyi_far(r);
-  } else if constexpr (!__is_same(C, Nothing)) {
-    reduce<C>(r);
-    if (p.kind == Kind::renyi) {
-      const double c = p.alpha * (p.alpha - 1);
-      growth = p.alpha / (1 + c * r.value);
-      scaling.student *= growth, scaling.teacher *= growth;
-      r.value = __builtin_log1p(c * r.value) / (p.alpha - 1);
-    }
+  const bool nothing = __is_same(C, Nothing);
+  if constexpr (__is_same(C, RenyiFar)) reduce_renyi_far(r);
+  if (!nothing || r.shift_s != 0 || r.shift_t != 0) reduce<C>(r);
+  if (p.kind == Kind::renyi && !__is_same(C, RenyiFar) && !nothing) {  // a function of ab's sum
+    const double c = p.alpha * (p.alpha - 1);
+    r.share *= p.alpha / (1 + c * r.value);
+    r.value = __builtin_log1p(c * r.value) / (p.alpha - 1);
   }
   if (centred) r.centre_s = 0;
+  const bool infinite = r.infinite || r.value > beyond;
   if (r.value > beyond) r.value = __builtin_inf();
-  if (!gradients) return;
-  if (r.value > beyond) {
-    r.centre_s = r.centre_t = 0;
-    if constexpr (sizeof(S) == 8 && centred) emit<Difference, false>(r, ce, scaling);
-    else emit<Nothing, false>(r, ce, scaling);
-    r.slope_s = r.slope_t = 0;
-  } else {
-    emit<C, false>(r, ce, scaling);
-    r.slope_s *= growth, r.slope_t *= growth;
+  if (infinite) r.centre_s = r.centre_t = r.shift_t = 0;
+  if (p.standardize && !infinite) {
+    r.slope_s = r.share * (r.slope_s - r.centre_s * r.tilt_s) - r.shift_s * r.tilt_s;
+    r.slope_t = r.share * (r.slope_t - r.centre_t * r.tilt_t) - r.shift_t * r.tilt_t;
   }
+  if (!gradients) return;
+  const auto add_target = [&](double tilt_s, double tilt_t) {
+    if (r.shift_s != 0)
+      r.slope_s += r.shift_s * ((double)r.student.at(r.target) - r.k.max_s - tilt_s);
+    if (r.shift_t != 0)
+      r.slope_t += r.shift_t * ((double)r.teacher.at(r.target) - r.k.max_t - tilt_t);
+  };
+  if (p.standardize && !infinite) {
+    add_target(0, 0);
+    scaling.spread_s = scaling.student * r.slope_s * r.student.spread;
+    scaling.spread_t = scaling.teacher * r.slope_t * r.teacher.spread;
+  }
+  if (!infinite) {
+    emit<C, false>(r, ce, scaling);
+    if (!p.standardize) add_target(r.tilt_s, r.tilt_t);
+    return;
+  }
+  if constexpr (sizeof(S) == 8 && centred) emit<Difference, false>(r, ce, scaling);
+  else emit<Nothing, false>(r, ce, scaling);
+  r.slope_s = r.slope_t = 0;  // an infinite row moves no temperature
 }
 
 template <template <class> class Path, class S>
 void finish_kind(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
-  if (r.p.kd_weight == 0) return finish<Nothing, true>(r, ce, scaling);
+  if (r.share == 0) return finish<Nothing, true>(r, ce, scaling);
   if constexpr (sizeof(S) == 8) {
     const double spread = r.highest > -r.lowest ? r.highest : -r.lowest;
     if (r.p.kind == Kind::renyi && spread * (r.p.alpha > 1 ? r.p.alpha : 1) > exact_range / 2)
@@ -318,74 +304,165 @@ bool takes_zero_teacher(Kind kind) {
 
 // A power of two for the row's fp16 gradients: half_boost, or less where that might overflow.
 template <class S>
-double half_boost_of(const Row<S>& r, double tau_s, double tau_t) {
+double half_boost_of(const Row<S>& r, double inverse, double scale) {
   const RowwiseParams& p = r.p;
-  const bool bounded = (p.kind == Kind::forward_kl && !p.grad_teacher.data) ||
+  const bool bounded = ((p.kind == Kind::forward_kl || p.kind == Kind::cross_entropy) && !p.grad_teacher.data) ||
                        p.kind == Kind::tv || p.kind == Kind::js;
   double spread = r.highest > -r.lowest ? r.highest : -r.lowest;
   if (bounded) spread = 0;
   if (!(spread < 1e5)) spread = 1e5;  // its divergence is infinite, and leaves a bounded gradient
-  const double tau = tau_s < tau_t ? tau_s : tau_t;
-  const double largest = __builtin_fabs(p.kd_weight) * (p.t2 ? tau_s * tau_s : 1) / tau * (1 + spread) +
-                         __builtin_fabs(p.ce_weight);
+  const double shift = __builtin_fabs(r.shift_s) > __builtin_fabs(r.shift_t)
+                           ? __builtin_fabs(r.shift_s) : __builtin_fabs(r.shift_t);
+  const double share = __builtin_fabs(r.share) + (p.standardize ? 2 : 1) * shift;
+  const double largest = share * (p.standardize ? 2 : 1) * scale * inverse * (1 + spread) +
+                         __builtin_fabs(p.ce_weight) + __builtin_fabs(p.target_weight);
   double boost = half_boost;
   while (boost * largest > 32768 && boost > 1e-30) boost /= 2;
   return boost;
 }
 
-template <template <class> class Path, class S>
-void finish_row(Row<S>& r) {
+// Before the row is measured: its temperatures, and its target in its place.
+template <class S>
+void prepare(Row<S>& r, double tau_s, double tau_t) {
+  if (r.p.standardize) {
+    describe(r.student, r.classes), describe(r.teacher, r.classes);
+    r.student.read = r.teacher.read = nullptr;
+    // A constant row is uniform at any temperature.
+    if (r.student.std > 0) tau_s *= standard_eps + r.student.std;
+    if (r.teacher.std > 0) tau_t *= standard_eps + r.teacher.std;
+  }
+  r.temper(tau_s, tau_t);
+  place_target(r, tau_t);
+}
+
+template <class S>
+void measure_row(Row<S>& r) {
+  const Target target = r.p.target;
+  const bool teacher_too = target == Target::separate || target == Target::weighting;
+  const bool wanted = !r.p.width && (teacher_too || r.p.ce_weight != 0);
+  if (wanted && !(r.k.inv_ts == 1 && (!teacher_too || r.k.inv_tt == 1)))
+    return teacher_too ? measure<2>(r) : measure<1>(r);
+  measure<0>(r);
+  r.plain_s = r.sum_s, r.plain_t = r.sum_t;
+}
+
+// What the target has of its own in the loss, with its weight.
+struct Own {
+  double value = 0, weight = 0;
+};
+
+// The cross-entropies of a measured row, and what they and the target make of the divergence's
+// share.
+template <class S>
+Own account(Row<S>& r, CrossEntropyRow<S>& ce) {
   const RowwiseParams& p = r.p;
-  const double tau_s = get(p.tau_s, r.index), tau_t = get(p.tau_t, r.index);
+  const bool by_teacher = p.target == Target::separate || p.target == Target::weighting;
+  r.share = p.kd_weight;
+  if (p.ce_weight != 0 || by_teacher)
+    ce.measure(p.width ? normaliser_of(ce.student, p.classes)
+                       : with_target(r, r.student, r.k.max_s, r.plain_s));
+  const bool others_s = r.k.max_s > floor_of<S>, others_t = r.k.max_t > floor_of<S>;
+  if (r.target_hidden() && !(others_s && others_t)) {  // nothing to compare the others with
+    r.share = 0;
+    if (!others_s) r.k.inv_sum_s = 0;
+    if (!others_t) r.k.inv_sum_t = 0;
+  }
+  if (p.target == Target::decoupled) {
+    const Decoupled own = decoupled_of(r, others_s, others_t);
+    r.infinite = own.value > beyond;
+    r.shift_s = p.target_weight * own.slope_s, r.shift_t = p.target_weight * own.slope_t;
+    return {own.value, p.target_weight};
+  }
+  if (!by_teacher) return {};
+  const RowReader<S> whole{p.teacher, row_offset(p.teacher, r.index)};
+  const Normaliser<S> teacher = p.width ? normaliser_of(whole, p.classes)
+                                        : with_target(r, r.teacher, r.k.max_t, r.plain_t);
+  if (!(ce.own.max > floor_of<S> && teacher.max > floor_of<S>)) return {__builtin_nan("")};
+  const double log_s = ce.own.log_prob(ce.logit(p.targets[r.index]));
+  const double log_t = teacher.log_prob(r.teacher.at(r.target));
+  if (p.target == Target::weighting) {
+    const double ratio = log_t < -beyond ? 0 : -log_s / (1e-7 - log_t);
+    r.share *= -__builtin_expm1(-ratio);
+    return {};
+  }
+  const double q = __builtin_exp(log_t);
+  return {q == 0 ? 0 : -log_s, p.target_weight * q};
+}
+
+template <template <class> class Path, class S>
+void finish_row(Row<S>& r, double tau_s, double tau_t) {
+  const RowwiseParams& p = r.p;
   const double weight = get(p.row_weight, r.index), scale = p.t2 ? tau_s * tau_s : 1;
-  const double per_loss = p.kd_weight * scale;
-  const double boost = half_boost_of(r, tau_s, tau_t);
+  const bool has_target = p.target == Target::ordinary || r.target_known();
+  CrossEntropyRow<S> ce(r);
+  Own own;
+  bool sound = r.sum_s < beyond && r.sum_t < beyond && has_target &&
+               ((r.k.max_s > floor_of<S> && r.k.max_t > floor_of<S>) || r.target_hidden());
+  normalise(r);
+  if (has_target) own = account(r, ce);
+  if (own.value != own.value || r.share != r.share) sound = false;
+
+  const double inv_ts = r.k.inv_ts, inv_tt = r.k.inv_tt;
+  const double boost = half_boost_of(r, inv_ts > inv_tt ? inv_ts : inv_tt, scale);
   const auto saved = [&](const Rows& grad) {
     if (grad.dtype != DType::float16) return weight * p.factor;
     return weight == 0 ? 0 : boost;  // 0 times what has overflowed is not 0
   };
-  CrossEntropyRow<S> ce(r);
-  if (ce.wanted) {
-    ce.coefficient = S(saved(p.grad_student) * p.ce_weight);
-    ce.measure(r);
+  ce.coefficient = S(ce.value == ce.value ? saved(p.grad_student) * p.ce_weight : ce.value);
+  if (p.target == Target::separate) {
+    ce.target = p.targets[r.index];
+    ce.target_coefficient = S(saved(p.grad_student) * own.weight);
   }
-  const Scaling scaling{saved(p.grad_student) * per_loss / tau_s,
-                        saved(p.grad_teacher) * per_loss / tau_t};
-  const bool sound = r.sum_s < beyond && r.sum_t < beyond && r.k.max_s > floor_of<S> &&
-                     r.k.max_t > floor_of<S>;
+  // The gradient of a standardised row that does not vary is 0.
+  const bool varies_s = !p.standardize || r.student.std != 0;
+  const bool varies_t = !p.standardize || r.teacher.std != 0;
+  const Scaling scaling{varies_s ? saved(p.grad_student) * scale * inv_ts : 0,
+                        varies_t ? saved(p.grad_teacher) * scale * inv_tt : 0};
+  const double share = r.share;
   if (sound) {
-    normalise(r);
     finish_kind<Path>(r, ce, scaling);
+    if (p.target == Target::tempered && p.row_grads) temper_slope(r);
   } else {
     const double nan = __builtin_nan("");
+    r.share = 1;
     emit<Nothing, false>(r, ce, {nan, nan});
     r.value = r.slope_s = r.slope_t = nan;
   }
-  const double loss = (p.kd_weight ? per_loss * r.value : 0) + (ce.wanted ? p.ce_weight * ce.value : 0);
+
+  const double own_scale = p.target == Target::decoupled ? scale : 1;
+  const double own_loss = own.weight != 0 ? own.weight * own.value : 0;
+  const double distilled = (share != 0 || !sound ? share * r.value : 0);
+  const double loss = scale * distilled + own_scale * own_loss +
+                      (p.ce_weight != 0 ? p.ce_weight * ce.value : 0);
   const bool infinite = loss > beyond || loss < -beyond;
   p.row_loss[r.index] = infinite && weight == 0 ? 0 : weight * loss;
   if (!p.row_grads) return;
   const double factor = weight * p.factor;
-  const double value = r.value > beyond ? 0 : r.value;  // an infinite row moves no temperature
+  // An infinite row moves no temperature.
+  const double tempered = r.infinite || r.value > beyond
+                              ? 0
+                              : distilled + (p.target == Target::decoupled ? own_loss : 0);
   double* out = p.row_grads + r.index;
   out[0] = infinite ? 0 : loss * p.factor;
-  out[p.rows] = factor * p.kd_weight *
-                ((p.t2 ? 2 * tau_s * value : 0) - scale / (tau_s * tau_s) * r.slope_s);
-  out[2 * p.rows] = -factor * p.kd_weight * scale / (tau_t * tau_t) * r.slope_t;
+  out[p.rows] = factor * ((p.t2 ? 2 * tau_s * tempered : 0) - scale * inv_ts / tau_s * r.slope_s);
+  out[2 * p.rows] = -factor * scale * inv_tt / tau_t * r.slope_t;
   out[3 * p.rows] = factor / boost;
+  if (!p.parts) return;
+  out[4 * p.rows] = factor * own_scale * (p.target == Target::separate ? own_loss / p.target_weight : own.value);
+  out[5 * p.rows] = factor * scale * r.value;
 }
 
 void skip_row(const RowwiseParams& p, int64_t i) {
   p.row_loss[i] = 0;
   RowWriter<float>(p.grad_student, i, true).zero(p.classes);
-  RowWriter<float>(p.grad_teacher, i, true).zero(p.classes);
-  for (int k = 0; p.row_grads && k < 4; k++) p.row_grads[k * p.rows + i] = 0;
+  RowWriter<float>(p.grad_teacher, i, true).zero(p.teacher_classes);
+  for (int k = 0; p.row_grads && k < (p.parts ? 6 : 4); k++) p.row_grads[k * p.rows + i] = 0;
 }
 
 template <class S>
-void measure_row(Row<S>& r) {
-  if (r.p.ce_weight != 0) measure<true>(r);
-  else measure<false>(r);
+void start(Row<S>& row, double tau_s, double tau_t) {
+  prepare(row, tau_s, tau_t);
+  measure_row(row);
 }
 
 void rowwise(const RowwiseParams& p, int64_t begin, int64_t end) {
@@ -397,17 +474,18 @@ void rowwise(const RowwiseParams& p, int64_t begin, int64_t end) {
       skip_row(p, i);
       continue;
     }
+    const double tau_s = get(p.tau_s, i), tau_t = get(p.tau_t, i);
     if (!in_double) {
       Row<float> row(p, i);
-      measure_row(row);
+      start(row, tau_s, tau_t);
       if (is_exact(row, range, zero_teacher)) {
-        finish_row<Exact>(row);
+        finish_row<Exact>(row, tau_s, tau_t);
         continue;
       }
     }
     Row<double> row(p, i);
-    measure_row(row);
-    finish_row<Robust>(row);
+    start(row, tau_s, tau_t);
+    finish_row<Robust>(row, tau_s, tau_t);
   }
 }
 

@@ -1,49 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row-wise softmax divergences between student and teacher logits, alone or mixed with CE.
-
-Arguments that every function here shares:
-
-    student: logits ``(..., C)``, not probabilities (log-probabilities are logits too, at
-        temperature 1); the leading dimensions are rows. fp64, fp32, bf16 or fp16, any strides.
-    teacher: logits of the same shape; its dtype may differ.
-    labels: class indices ``(...)``. In a divergence they only mask, by ``ignore_index``.
-    temperature: a number, or a tensor of one element or of shape ``(...)``; positive.
-    teacher_temperature: likewise; the student's by default.
-    scale: ``"t2"`` multiplies each row by its student temperature squared, ``"none"`` does not.
-    reduction: ``"batchmean"`` (sum over rows / number of rows that count), ``"mean"`` (that / C),
-        ``"sum"``, or ``"none"`` (per row, 0 where masked).
-    mask: bool ``(...)``, True where the row counts.
-    ignore_index: rows with this label do not count.
-    row_weight: float ``(...)``; multiplies its row, and does not enter the number of rows.
-    inplace: the gradient overwrites the student's logits (eager only, non-leaf, one backward).
-    backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; anything but
-        ``"auto"`` raises where it cannot run.
-
-They return the loss in nats, fp32 (fp64 if either side is), 0-d unless ``reduction="none"``, and
-differentiate to student, teacher, both temperatures and row_weight, in each input's dtype, where
-these require a gradient. A second derivative, or a ``torch.func`` transform, needs
-``backend="reference"``.
-
-No row counts: 0, with zero gradients. A class at -inf on both sides contributes nothing. Where the
-divergence is infinite the row is +inf and its gradient zero; forward KL's and the cross-entropies'
-stay what they are at finite logits. NaN only from NaN or +inf logits, or a row that has no finite
-class. Identical logits (and temperatures) give exactly 0 and a zero gradient.
-
-Raises ``ValueError`` for a shape or value out of range, ``TypeError`` for a dtype,
-``NotImplementedError`` for a meaningful combination that is not supported, ``RuntimeError`` where
-the demanded backend cannot run.
-"""
+"""The divergences of two rows of logits."""
 
 from __future__ import annotations
 
-import inspect
-
 from torch import Tensor
 
-from kdkernels import checks, divergences, ops, reference
-from kdkernels.divergences import Choices, Numbers
-from kdkernels.functional.rows import prepare
-from kdkernels.ops.rowwise import compute_dtype
+from kdkernels import checks, divergences
+from kdkernels.functional.rowwise.call import run
 
 # Suites whose KL is the paper's up to `scale` and `reduction`, and suites that leave out the
 # teacher's entropy (the student's gradient is the same).
@@ -65,6 +28,8 @@ def kl_div(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    standardize: bool = False,
+    class_range: tuple[int, int] | None = None,
     inplace: bool = False,
     backend: str = "auto",
     compat: str = "paper",
@@ -89,9 +54,9 @@ def kl_div(
     =================================  ==========================================================
     """
     kind = _KL_COMPAT[checks.choice("kl_div", "compat", compat, tuple(_KL_COMPAT))]
-    return _rowwise(
+    return run(
         "kl_div", kind, student, teacher, labels, temperature, teacher_temperature, scale,
-        reduction, mask, ignore_index, row_weight, inplace, backend,
+        reduction, mask, ignore_index, row_weight, standardize, class_range, inplace, backend,
     )  # fmt: skip
 
 
@@ -107,6 +72,8 @@ def reverse_kl_div(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    standardize: bool = False,
+    class_range: tuple[int, int] | None = None,
     inplace: bool = False,
     backend: str = "auto",
     compat: str = "paper",
@@ -117,9 +84,10 @@ def reverse_kl_div(
     multiply by ``T^2``: ``scale="none"``.
     """
     checks.choice("reverse_kl_div", "compat", compat, ("paper", "torchtune", "trl"))
-    return _rowwise(
+    return run(
         "reverse_kl_div", "reverse_kl", student, teacher, labels, temperature,
-        teacher_temperature, scale, reduction, mask, ignore_index, row_weight, inplace, backend,
+        teacher_temperature, scale, reduction, mask, ignore_index, row_weight, standardize,
+        class_range, inplace, backend,
     )  # fmt: skip
 
 
@@ -136,6 +104,8 @@ def js_div(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    standardize: bool = False,
+    class_range: tuple[int, int] | None = None,
     inplace: bool = False,
     backend: str = "auto",
     compat: str = "paper",
@@ -149,9 +119,10 @@ def js_div(
     """
     checks.choice("js_div", "compat", compat, ("paper", "trl", "liger", "distillkit"))
     kind, _, beta, _ = divergences.resolve("js_div", "js", None, beta)
-    return _rowwise(
+    return run(
         "js_div", kind, student, teacher, labels, temperature, teacher_temperature, scale,
-        reduction, mask, ignore_index, row_weight, inplace, backend, beta=beta,
+        reduction, mask, ignore_index, row_weight, standardize, class_range, inplace, backend,
+        beta=beta,
     )  # fmt: skip
 
 
@@ -167,6 +138,8 @@ def tv_distance(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    standardize: bool = False,
+    class_range: tuple[int, int] | None = None,
     inplace: bool = False,
     backend: str = "auto",
     compat: str = "paper",
@@ -177,9 +150,9 @@ def tv_distance(
     :mod:`kdkernels.functional.rowwise`.
     """
     checks.choice("tv_distance", "compat", compat, ("paper", "distillkit"))
-    return _rowwise(
+    return run(
         "tv_distance", "tv", student, teacher, labels, temperature, teacher_temperature, scale,
-        reduction, mask, ignore_index, row_weight, inplace, backend,
+        reduction, mask, ignore_index, row_weight, standardize, class_range, inplace, backend,
     )  # fmt: skip
 
 
@@ -198,6 +171,8 @@ def divergence(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    standardize: bool = False,
+    class_range: tuple[int, int] | None = None,
     inplace: bool = False,
     backend: str = "auto",
     compat: str = "paper",
@@ -230,109 +205,8 @@ def divergence(
     """
     checks.choice("divergence", "compat", compat, ("paper",))
     kernel_kind, alpha, beta, weight = divergences.resolve("divergence", kind, alpha, beta)
-    return _rowwise(
+    return run(
         "divergence", kernel_kind, student, teacher, labels, temperature, teacher_temperature,
-        scale, reduction, mask, ignore_index, row_weight, inplace, backend, alpha=alpha, beta=beta,
-        kd_weight=weight,
+        scale, reduction, mask, ignore_index, row_weight, standardize, class_range, inplace,
+        backend, alpha=alpha, beta=beta, kd_weight=weight,
     )  # fmt: skip
-
-
-def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float | Tensor = 4.0,
-    alpha: float | None = None,
-    ce_weight: float | None = None,
-    kd_weight: float | None = None,
-    label_smoothing: float = 0.0,
-    teacher_temperature: float | Tensor | None = None,
-    scale: str = "t2",
-    reduction: str = "batchmean",
-    mask: Tensor | None = None,
-    ignore_index: int = -100,
-    row_weight: Tensor | None = None,
-    inplace: bool = False,
-    backend: str = "auto",
-    compat: str = "paper",
-) -> Tensor:
-    """Distillation loss of Hinton et al. (arXiv 1503.02531) in one pass over the logits.
-
-    ``(1 - alpha) CE(student, labels) + alpha T^2 KL(p_t || p_s)``, with alpha = 0.9 by default; or
-    ``ce_weight CE + kd_weight T^2 KL`` where the weights are given (both, and then no ``alpha``).
-    The cross-entropy is at temperature 1.
-
-    ``labels`` are class indices ``(...)`` or probabilities ``(..., C)``, smoothed by
-    ``label_smoothing`` in [0, 1] as in ``torch.nn.CrossEntropyLoss``. ``reduction="mean"`` divides
-    both terms by C. The rest as in :mod:`kdkernels.functional.rowwise`.
-
-    compat:
-        ``"paper"`` (also ``"mdistiller"``, ``"repdistiller"``): as above.
-        ``"torchdistill"``: ``alpha`` weighs the cross-entropy and ``1 - alpha`` the divergence.
-        ``"takd"``: its ``nn.KLDivLoss()`` averages over classes too, which divides the
-        divergence, and not the cross-entropy, by C.
-    """
-    name = "kd_loss"
-    checks.choice(
-        name, "compat", compat, ("paper", "mdistiller", "repdistiller", "torchdistill", "takd")
-    )
-    if labels is None:
-        raise TypeError("kd_loss: labels must be a tensor, got None; kl_div needs no labels.")
-    if ce_weight is None and kd_weight is None:
-        alpha = 0.9 if alpha is None else checks.number(name, "alpha", alpha)
-        ce_weight, kd_weight = 1.0 - alpha, alpha
-        if compat == "torchdistill":
-            ce_weight, kd_weight = kd_weight, ce_weight
-    elif alpha is not None or ce_weight is None or kd_weight is None:
-        raise ValueError(
-            "kd_loss: give either alpha, or both ce_weight and kd_weight; "
-            f"got alpha={alpha}, ce_weight={ce_weight}, kd_weight={kd_weight}."
-        )
-    if compat == "takd":
-        checks.logits(name, student, teacher)
-        kd_weight = kd_weight / student.shape[-1]
-    return _rowwise(
-        name, "forward_kl", student, teacher, labels, temperature, teacher_temperature, scale,
-        reduction, mask, ignore_index, row_weight, inplace, backend,
-        kd_weight=checks.number(name, "kd_weight", kd_weight),
-        ce_weight=checks.number(name, "ce_weight", ce_weight),
-        label_smoothing=checks.number(name, "label_smoothing", label_smoothing, 0.0, 1.0),
-    )  # fmt: skip
-
-
-def _rowwise(
-    name, kind, student, teacher, labels, temperature, teacher_temperature, scale, reduction,
-    mask, ignore_index, row_weight, inplace, backend, *, alpha=0.0, beta=0.0, kd_weight=1.0,
-    ce_weight=0.0, label_smoothing=0.0,
-) -> Tensor:  # fmt: skip
-    """Validate, choose the backend, call."""
-    checks.logits(name, student, teacher)
-    rows = prepare(
-        name, "rowwise", student, compute_dtype(student, teacher), labels, temperature,
-        teacher_temperature, scale, reduction, mask, ignore_index, row_weight, backend,
-    )  # fmt: skip
-    numbers = Numbers(
-        rows.temperature, rows.teacher_temperature, kd_weight, ce_weight, label_smoothing, alpha,
-        beta,
-    )  # fmt: skip
-    choices = Choices(divergences.KINDS.index(kind), rows.t2, rows.reduction, ignore_index)
-    if inplace:
-        others = {"teacher": teacher, "labels": labels, "mask": mask, "row_weight": row_weight}
-        checks.inplace(name, student, others)
-    if rows.backend == "reference":
-        if inplace:
-            raise NotImplementedError(f"{name}: inplace=True needs a kernel, not the reference.")
-        return reference.rowwise(student, teacher, rows, numbers, choices)
-    try:
-        return ops.rowwise.apply(
-            name, rows.backend, student, teacher, rows, numbers, choices, inplace
-        )
-    except RuntimeError as error:
-        checks.raise_for_labels(name, error)
-        raise
-
-
-for _function in (kl_div, reverse_kl_div, js_div, tv_distance, divergence, kd_loss):
-    # help() shows the rules that the functions share, which the module states once.
-    _function.__doc__ = f"{inspect.cleandoc(_function.__doc__)}\n\n{__doc__}"

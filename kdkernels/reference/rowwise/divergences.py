@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row-wise softmax divergences in plain torch.
+"""The divergences of two rows of logits.
 
 A divergence is a sum over classes of ``p f(d)``, where ``p`` is the larger of the two probabilities
 and ``d <= 0`` the log-ratio of the other to it, so that nothing overflows. Where the teacher's is
@@ -13,9 +13,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers
-from kdkernels.ops.rowwise import compute_dtype
 
 # Beyond this log-ratio a row is not close, and its log-normalisers are subtracted plainly.
 _WIDE = 30.0
@@ -36,7 +33,7 @@ def _small(x: Tensor) -> Tensor:
 _ORDERS = range(2, 11)
 
 
-def _phi(e: Tensor, log1p_e: Tensor) -> Tensor:
+def phi(e: Tensor, log1p_e: Tensor) -> Tensor:
     """``(1 + e) log(1 + e) - e``."""
     series = _series(e, [(-1) ** n / (n * (n - 1)) for n in _ORDERS])
     return torch.where(_small(e), series, (1 + e) * log1p_e - e)
@@ -54,7 +51,7 @@ def _log1p(x: Tensor) -> Tensor:
 
 
 def _forward_kl(e, d, alpha, beta):
-    return _phi(e, d)
+    return phi(e, d)
 
 
 def _reverse_kl(e, d, alpha, beta):
@@ -63,7 +60,7 @@ def _reverse_kl(e, d, alpha, beta):
 
 
 def _js(e, d, alpha, beta):
-    return beta * _phi(e, d) - _phi(beta * e, _log1p(beta * e))
+    return beta * phi(e, d) - phi(beta * e, _log1p(beta * e))
 
 
 def _tv(e, d, alpha, beta):
@@ -72,7 +69,7 @@ def _tv(e, d, alpha, beta):
 
 def _skew_forward(e, d, alpha, beta):
     mixture = 1 + alpha * e
-    return mixture * _phi((1 - alpha) * e / mixture, d - _log1p(alpha * e))
+    return mixture * phi((1 - alpha) * e / mixture, d - _log1p(alpha * e))
 
 
 def _skew_reverse(e, d, alpha, beta):
@@ -138,7 +135,7 @@ def _at_zero(kind: str, alpha: float, beta: float) -> float:
     return {"forward_kl": 1.0, "tv": 0.5}[kind]
 
 
-class _Gradient(torch.autograd.Function):
+class Gradient(torch.autograd.Function):
     """Zero in value, with a given gradient: what stays of a row whose loss is +inf."""
 
     generate_vmap_rule = True
@@ -157,7 +154,7 @@ class _Gradient(torch.autograd.Function):
         return upstream.unsqueeze(-1) * gradient, None
 
 
-class _Softmax:
+class Softmax:
     """Log-probabilities of rows in which -inf classes are `off` and carry no derivative."""
 
     def __init__(self, logits: Tensor, temperature: Tensor | float):
@@ -173,29 +170,38 @@ class _Softmax:
         self.empty = self.off.all(-1)
 
 
-def _divergence(kind: str, s: _Softmax, t: _Softmax, dz: Tensor, alpha: float, beta: float):
+class LogRatio:
+    """``log p_t - log p_s`` of two softmaxes, without cancellation where they are close."""
+
+    def __init__(self, s: Softmax, t: Softmax, dz: Tensor):
+        zero = torch.zeros_like(dz)
+        self.on = ~(s.off | t.off)
+        self.one_sided = s.off ^ t.off
+        dz = torch.where(self.on, dz, zero)
+        self.wide = (self.one_sided | (dz.abs() > _WIDE)).any(-1, keepdim=True)
+        close = torch.where(self.wide, zero, dz)
+        # The difference of the log-normalisers.
+        self.delta = torch.where(
+            self.wide,
+            t.log_total - s.log_total,
+            torch.log1p((s.p * torch.expm1(close)).sum(-1, keepdim=True)),
+        )
+        self.d = torch.where(self.on, dz - self.delta, zero)
+
+
+def divergence(kind: str, s: Softmax, t: Softmax, ratio: LogRatio, alpha: float, beta: float):
     """Per row: the divergence where it is finite (else 0), and where it is infinite."""
-    zero = torch.zeros_like(dz)
-    on = ~(s.off | t.off)
-    one_sided = s.off ^ t.off
-    dz = torch.where(on, dz, zero)
-    wide = (one_sided | (dz.abs() > _WIDE)).any(-1, keepdim=True)
-    close = torch.where(wide, zero, dz)
-    delta = torch.where(
-        wide,
-        t.log_total - s.log_total,
-        torch.log1p((s.p * torch.expm1(close)).sum(-1, keepdim=True)),
-    )
-    d = torch.where(on, dz - delta, zero)
+    on, one_sided, d = ratio.on, ratio.one_sided, ratio.d
+    zero = torch.zeros_like(d)
     if kind == "cross_entropy":
         rows = -(t.p * torch.where(s.off, zero, s.log_p)).sum(-1)
         return rows, (s.off & (t.p > 0)).any(-1)
     if kind == "renyi":
-        return _renyi(s, t, on, d, wide, alpha)
+        return _renyi(s, t, on, d, ratio.wide, alpha)
 
     power = alpha + beta if kind == "ab" else 1.0
 
-    def weight(side: _Softmax) -> Tensor:
+    def weight(side: Softmax) -> Tensor:
         return side.p if power == 1 else torch.exp(power * side.log_p)
 
     swapped = _swap(kind, alpha, beta)
@@ -226,7 +232,7 @@ def _divergence(kind: str, s: _Softmax, t: _Softmax, dz: Tensor, alpha: float, b
     return rows, infinite
 
 
-def _renyi(s: _Softmax, t: _Softmax, on: Tensor, d: Tensor, wide: Tensor, alpha: float):
+def _renyi(s: Softmax, t: Softmax, on: Tensor, d: Tensor, wide: Tensor, alpha: float):
     wide = wide.squeeze(-1) | (d.abs().amax(-1) * max(alpha, 1.0) > _WIDE)
     close = torch.where(wide.unsqueeze(-1), torch.zeros_like(d), d)
     c = alpha * (alpha - 1)
@@ -237,92 +243,3 @@ def _renyi(s: _Softmax, t: _Softmax, on: Tensor, d: Tensor, wide: Tensor, alpha:
     far = torch.logsumexp(torch.where(some.unsqueeze(-1), mixed, 0.0), -1) / (alpha - 1)
     infinite = ~some | (s.off & (t.p > 0)).any(-1) if alpha > 1 else ~some
     return torch.where(wide, far, near), infinite
-
-
-def _cross_entropy(s: _Softmax, logits: Tensor, labels: Tensor, smoothing: float):
-    """Per row: CE at temperature 1 where it is finite (else 0 in value), and where it is not."""
-    classes = logits.shape[-1]
-    if labels.dim() == 1:
-        known = (labels >= 0) & (labels < classes)
-        target = torch.nn.functional.one_hot(torch.where(known, labels, 0), classes).to(logits)
-        target = torch.where(known.unsqueeze(-1), target, math.nan)
-    else:
-        target = labels.reshape(-1, classes).to(logits)
-    target = (1 - smoothing) * target + smoothing / classes
-    rows = s.log_total.squeeze(-1) * target.sum(-1)
-    rows = rows - torch.where(s.off, torch.zeros_like(target), target * s.u).sum(-1)
-    infinite = (s.off & (target > 0)).any(-1)
-    gradient = _Gradient.apply(logits, s.p * target.sum(-1, keepdim=True) - target)
-    return torch.where(infinite, gradient, rows), infinite
-
-
-def rowwise(
-    student: Tensor,  # (..., C)
-    teacher: Tensor,  # (..., C)
-    given,  # kdkernels.functional.rows.Rows
-    numbers: Numbers,
-    choices: Choices,
-) -> Tensor:
-    """The family's reference; see ``kdkernels.functional.rowwise`` for what it computes."""
-    labels, mask, row_weight, temperatures, teacher_temperatures = given[:5]
-    kind = KINDS[choices.kind]
-    leading, classes = student.shape[:-1], student.shape[-1]
-    dtype = compute_dtype(student, teacher)
-    student = student.reshape(-1, classes).to(dtype)
-    teacher = teacher.reshape(-1, classes).to(dtype)
-    valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
-    if mask is not None:
-        valid = valid & mask
-    if labels is not None and labels.dtype == torch.int64:
-        valid = valid & (labels != choices.ignore_index)
-    # Rows that do not count are read as zeros, so that their NaN cannot reach a derivative.
-    student = torch.where(valid.unsqueeze(-1), student, 0.0)
-    teacher = torch.where(valid.unsqueeze(-1), teacher, 0.0)
-
-    tau_s = numbers.temperature if temperatures is None else temperatures.unsqueeze(-1)
-    one_tau = numbers.teacher_temperature == 0
-    tau_t = numbers.teacher_temperature
-    if one_tau:
-        tau_t = tau_s
-    elif teacher_temperatures is not None:
-        tau_t = teacher_temperatures.unsqueeze(-1)
-    # Whatever has no weight has a gradient all the same, of 0.
-    rows = sum((torch.where(x.isfinite(), x, 0.0) * 0.0).sum(-1) for x in (student, teacher))
-    infinite = torch.zeros_like(valid)
-    if numbers.kd_weight:
-        s, t = _Softmax(student, tau_s), _Softmax(teacher, tau_t)
-        if one_tau:
-            dz = (teacher - student - (t.shift - s.shift)) / tau_s
-        else:
-            dz = t.u - s.u
-        value, infinite = _divergence(kind, s, t, dz, numbers.alpha, numbers.beta)
-        remains = torch.zeros_like(value)
-        if kind in ("forward_kl", "cross_entropy"):
-            tau = tau_s.detach() if isinstance(tau_s, Tensor) else tau_s
-            remains = _Gradient.apply(student, (s.p - t.p.detach()) / tau)
-        value = torch.where(infinite, remains, value)
-        value = torch.where(s.empty | t.empty, math.nan, value)
-        if choices.t2:
-            tau = tau_s.squeeze(-1) if isinstance(tau_s, Tensor) else tau_s
-            value = value * tau**2
-        rows = rows + numbers.kd_weight * value
-    if numbers.ce_weight:
-        s = _Softmax(student, 1.0)
-        value, too_large = _cross_entropy(s, student, labels, numbers.label_smoothing)
-        value = torch.where(s.empty, math.nan, value)
-        infinite = infinite | too_large
-        rows = rows + numbers.ce_weight * value
-    if row_weight is not None:
-        rows = rows * row_weight
-        infinite = infinite & (row_weight != 0)
-    rows = rows + torch.where(infinite, math.inf, 0.0)
-    rows = torch.where(valid, rows, 0.0)
-
-    reduction = REDUCTIONS[choices.reduction]
-    if reduction == "none":
-        return rows.view(leading)
-    total = rows.sum()
-    if reduction == "sum":
-        return total
-    count = valid.sum().clamp(min=1).to(dtype)
-    return total / (count * classes if reduction == "mean" else count)

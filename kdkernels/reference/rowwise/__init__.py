@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rowwise family in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdkernels.divergences import KINDS, REDUCTIONS, TARGETS, Choices, Numbers
+from kdkernels.ops.rowwise import compute_dtype
+from kdkernels.reference.rowwise import target as targets
+from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, divergence
+
+
+def rowwise(
+    student: Tensor,  # (..., C)
+    teacher: Tensor,  # (..., C), or the divergence's classes
+    given,  # kdkernels.functional.rows.Rows
+    target: Tensor | None,  # (N,), where the loss looks at it
+    numbers: Numbers,
+    choices: Choices,
+    parts: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The family's reference; see ``kdkernels.functional.rowwise`` for what it computes.
+
+    With ``parts``, also what the target and the divergence contribute, without their weights.
+    """
+    labels, mask, row_weight, temperatures, teacher_temperatures = given[:5]
+    leading, classes = student.shape[:-1], student.shape[-1]
+    dtype = compute_dtype(student, teacher)
+    student = student.reshape(-1, classes).to(dtype)
+    teacher = teacher.reshape(-1, teacher.shape[-1]).to(dtype)
+    valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
+    if mask is not None:
+        valid = valid & mask
+    if labels is not None and labels.dtype == torch.int64:
+        valid = valid & (labels != choices.ignore_index)
+    # Rows that do not count are read as zeros, so that their NaN cannot reach a derivative.
+    student = torch.where(valid.unsqueeze(-1), student, 0.0)
+    teacher = torch.where(valid.unsqueeze(-1), teacher, 0.0)
+
+    tau_s = numbers.temperature if temperatures is None else temperatures.unsqueeze(-1)
+    one_tau = numbers.teacher_temperature == 0
+    tau_t = numbers.teacher_temperature
+    if one_tau:
+        tau_t = tau_s
+    elif teacher_temperatures is not None:
+        tau_t = teacher_temperatures.unsqueeze(-1)
+    t2 = 1.0
+    if choices.t2:
+        t2 = tau_s.squeeze(-1) ** 2 if isinstance(tau_s, Tensor) else tau_s**2
+    # Whatever has no weight has a gradient all the same, of 0.
+    rows = sum((torch.where(x.isfinite(), x, 0.0) * 0.0).sum(-1) for x in (student, teacher))
+    infinite = own_infinite = others_infinite = torch.zeros_like(valid)
+    own = others = torch.zeros_like(rows)
+    if numbers.kd_weight or numbers.target_weight:
+        first, last = choices.first, choices.first + (choices.width or classes)
+        window = slice(first, last)
+        side_s = student[:, window]
+        side_t = teacher[:, window] if teacher.shape[-1] == classes else teacher
+        known = None if target is None else _is_target(target - first, last - first)
+        weight, own_weight = numbers.kd_weight, numbers.target_weight
+        form = TARGETS[choices.target]
+        if form in ("separate", "weighting"):
+            log_s, log_t = (targets.log_prob(x, target) for x in (student, teacher))
+            if form == "weighting":
+                weight = weight * targets.omega(log_s.detach(), log_t.detach())
+            else:
+                own_weight = own_weight * log_t.detach().exp()
+        if form == "tempered":
+            side_t = torch.where(known, side_t * (tau_t / numbers.target_temperature), side_t)
+        others, others_infinite, remains, tckd = _divergence(
+            side_s, side_t, tau_s, tau_t, one_tau, form, known, numbers, choices
+        )
+        if form == "decoupled":
+            own, own_infinite, own_remains = tckd
+            remains = weight * remains + own_weight * own_remains
+            own = own * t2
+        else:
+            remains = (weight.unsqueeze(-1) if isinstance(weight, Tensor) else weight) * remains
+        others = others * t2
+        kept = Gradient.apply(side_s, remains) * t2
+        distilled = (weight * others if numbers.kd_weight else 0.0) + (
+            own_weight * own if form == "decoupled" else 0.0
+        )
+        bad = sum((~(x < math.inf)).any(-1) | torch.isneginf(x).all(-1) for x in (side_s, side_t))
+        if target is not None:
+            bad = bad + ~known.any(-1)
+        bad = bad > 0
+        own_infinite, others_infinite = own_infinite & ~bad, others_infinite & ~bad
+        infinite = own_infinite | others_infinite
+        rows = rows + torch.where(infinite, kept, distilled)
+        if form == "separate":
+            own, too_large = targets.cross_entropy(Softmax(student, 1.0), student, target, 0.0)
+            rows = rows + own_weight * own
+            own = own_weight / numbers.target_weight * own
+            own_infinite = too_large & (own_weight > 0)
+            infinite = infinite | own_infinite
+        rows = torch.where(bad, math.nan, rows)
+    if numbers.ce_weight:
+        s = Softmax(student, 1.0)
+        value, too_large = targets.cross_entropy(s, student, labels, numbers.label_smoothing)
+        value = torch.where(s.empty, math.nan, value)
+        infinite = infinite | too_large
+        rows = rows + numbers.ce_weight * value
+
+    def total(rows: Tensor, infinite: Tensor) -> Tensor:
+        if row_weight is not None:
+            rows, infinite = rows * row_weight, infinite & (row_weight != 0)
+        rows = torch.where(valid, rows + torch.where(infinite, math.inf, 0.0), 0.0)
+        reduction = REDUCTIONS[choices.reduction]
+        if reduction == "none":
+            return rows.view(leading)
+        if reduction == "sum":
+            return rows.sum()
+        count = valid.sum().clamp(min=1).to(dtype)
+        return rows.sum() / (count * (choices.width or classes) if reduction == "mean" else count)
+
+    if not parts:
+        return total(rows, infinite)
+    return (
+        total(rows, infinite),
+        total(own.detach(), own_infinite),
+        total(others.detach(), others_infinite),
+    )
+
+
+def _is_target(target: Tensor, classes: int) -> Tensor:
+    return target.unsqueeze(-1) == torch.arange(classes, device=target.device)
+
+
+def _divergence(s, t, tau_s, tau_t, one_tau, form, target, numbers: Numbers, choices: Choices):
+    """Per row: the divergence, where it is infinite, and the student's gradient that then remains.
+
+    And, if ``decoupled``, the same of the target against the others.
+    """
+    kind = KINDS[choices.kind]
+    raw = s
+    divisor = 1.0
+    if choices.standardize:
+        (s, divisor), (t, _) = targets.standardized(s), targets.standardized(t)
+        one_tau = False
+    hidden = form in ("decoupled", "separate")
+    full_s, full_t = s, t
+    if hidden:
+        s, t, some_s, some_t = targets.others(s, t, target)
+    p_s, p_t = Softmax(s, tau_s), Softmax(t, tau_t)
+
+    def centred(z_s, z_t):
+        u_s, u_t = (z_s - p_s.shift) / tau_s, (z_t - p_t.shift) / tau_t
+        return u_s, u_t, (z_t - z_s - (p_t.shift - p_s.shift)) / tau_s if one_tau else u_t - u_s
+
+    dz = p_t.u - p_s.u
+    if one_tau:
+        on = ~(p_s.off | p_t.off)
+        dz = torch.where(on, t - s - (p_t.shift - p_s.shift), 0.0) / tau_s
+    ratio = LogRatio(p_s, p_t, dz)
+    value, infinite = divergence(kind, p_s, p_t, ratio, numbers.alpha, numbers.beta)
+    rate = 1 / (divisor * (tau_s.detach() if isinstance(tau_s, Tensor) else tau_s))
+    remains = torch.zeros_like(raw)
+    if kind in ("forward_kl", "cross_entropy"):
+        remains = (p_s.p - p_t.p).detach() * rate
+    own = None
+    if form == "decoupled":
+        own, own_infinite, own_remains = targets.decoupled(
+            *centred(full_s, full_t), target, some_s, some_t, p_s, p_t, ratio
+        )
+        own = own, own_infinite, own_remains * rate
+    return value, infinite, remains, own
