@@ -80,7 +80,9 @@ def rowwise(
             own = own * t2
         else:
             remains = (weight.unsqueeze(-1) if isinstance(weight, Tensor) else weight) * remains
-        others = others * t2
+        # What has no weight is not looked at.
+        others_infinite = others_infinite & (torch.as_tensor(weight) != 0)
+        others = torch.where(others_infinite, 0.0, others) * t2
         kept = Gradient.apply(side_s, remains) * t2
         distilled = (weight * others if numbers.kd_weight else 0.0) + (
             own_weight * own if form == "decoupled" else 0.0
@@ -137,35 +139,42 @@ def _divergence(s, t, tau_s, tau_t, one_tau, form, target, numbers: Numbers, cho
     And, if ``decoupled``, the same of the target against the others.
     """
     kind = KINDS[choices.kind]
-    raw = s
     divisor = 1.0
     if choices.standardize:
         (s, divisor), (t, _) = targets.standardized(s), targets.standardized(t)
         one_tau = False
-    hidden = form in ("decoupled", "separate")
-    full_s, full_t = s, t
-    if hidden:
-        s, t, some_s, some_t = targets.others(s, t, target)
+    whole_s, whole_t, both = s, t, torch.ones_like(s[..., :1], dtype=torch.bool)
+    if form in ("decoupled", "separate"):
+        (s, some_s), (t, some_t) = targets.others(s, target), targets.others(t, target)
+        both = some_s & some_t  # else there is nothing to compare
     p_s, p_t = Softmax(s, tau_s), Softmax(t, tau_t)
 
-    def centred(z_s, z_t):
-        u_s, u_t = (z_s - p_s.shift) / tau_s, (z_t - p_t.shift) / tau_t
-        return u_s, u_t, (z_t - z_s - (p_t.shift - p_s.shift)) / tau_s if one_tau else u_t - u_s
-
-    dz = p_t.u - p_s.u
-    if one_tau:
-        on = ~(p_s.off | p_t.off)
-        dz = torch.where(on, t - s - (p_t.shift - p_s.shift), 0.0) / tau_s
-    ratio = LogRatio(p_s, p_t, dz)
-    value, infinite = divergence(kind, p_s, p_t, ratio, numbers.alpha, numbers.beta)
-    rate = 1 / (divisor * (tau_s.detach() if isinstance(tau_s, Tensor) else tau_s))
-    remains = torch.zeros_like(raw)
-    if kind in ("forward_kl", "cross_entropy"):
-        remains = (p_s.p - p_t.p).detach() * rate
-    own = None
-    if form == "decoupled":
-        own, own_infinite, own_remains = targets.decoupled(
-            *centred(full_s, full_t), target, some_s, some_t, p_s, p_t, ratio
+    def difference(z_s, z_t):
+        """Of the tempered rows, each about its maximum; 0 where one is off."""
+        on = ~(torch.isneginf(z_s) | torch.isneginf(z_t))
+        if one_tau:
+            return torch.where(on, z_t - z_s - (p_t.shift - p_s.shift), 0.0) / tau_s
+        return torch.where(on, z_t - p_t.shift, 0.0) / tau_t - (
+            torch.where(on, z_s - p_s.shift, 0.0) / tau_s
         )
-        own = own, own_infinite, own_remains * rate
-    return value, infinite, remains, own
+
+    ratio = LogRatio(p_s, p_t, difference(s, t))
+    value, infinite = divergence(kind, p_s, p_t, ratio, numbers.alpha, numbers.beta)
+    value, infinite = torch.where(both.squeeze(-1), value, 0.0), infinite & both.squeeze(-1)
+    rate = 1 / (divisor * (tau_s.detach() if isinstance(tau_s, Tensor) else tau_s))
+    remains = torch.zeros_like(s)
+    if kind in ("forward_kl", "cross_entropy"):
+        remains = torch.where(both, (p_s.p - p_t.p).detach() * rate, 0.0)
+    if form != "decoupled":
+        return value, infinite, remains, None
+    sides = []
+    for z, tau, side, some in ((whole_s, tau_s, p_s, some_s), (whole_t, tau_t, p_t, some_t)):
+        off = torch.isneginf(z)
+        sides.append(
+            targets.Odds(torch.where(off, 0.0, z - side.shift) / tau, off, target, some, side)
+        )
+    at_target = torch.where(target, difference(whole_s, whole_t), 0.0).sum(-1, keepdim=True)
+    own, own_infinite, own_remains = targets.decoupled(
+        *sides, target, p_s.p, at_target - ratio.delta
+    )
+    return value, infinite, remains, (own, own_infinite, own_remains * rate)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.divergences import STANDARD_EPS
-from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, phi
+from kdkernels.reference.rowwise.divergences import Gradient, Softmax, phi
 
 
 def cross_entropy(s: Softmax, logits: Tensor, labels: Tensor, smoothing: float):
@@ -61,59 +61,49 @@ def standardized(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(off, -math.inf, scaled), torch.where(constant, math.inf, divisor)
 
 
-def others(s: Tensor, t: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both rows without the target, and which have any other class.
-
-    Where either has none, there is nothing to compare: both are read as zeros.
-    """
-    s, t = s.masked_fill(target, -math.inf), t.masked_fill(target, -math.inf)
-    some_s, some_t = (~torch.isneginf(x).all(-1, keepdim=True) for x in (s, t))
-    both = some_s & some_t
-    return torch.where(both, s, 0.0), torch.where(both, t, 0.0), some_s, some_t
+def others(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """A row without its target, and whether it has another class; if not, it is read as zeros."""
+    logits = logits.masked_fill(target, -math.inf)
+    some = ~torch.isneginf(logits).all(-1, keepdim=True)
+    return torch.where(some, logits, 0.0), some
 
 
-def decoupled(us, ut, du, target, some_s, some_t, s: Softmax, t: Softmax, ratio: LogRatio):
+class Odds:
+    """The log-odds of the target against the others of one side, and which of them there are."""
+
+    def __init__(self, centred: Tensor, off: Tensor, target: Tensor, some: Tensor, side: Softmax):
+        self.on = ~(off & target).any(-1, keepdim=True)
+        self.some = some
+        self.usual = self.on & some
+        self.u = torch.where(target & ~off, centred, 0.0).sum(-1, keepdim=True)
+        self.x = torch.where(self.usual, self.u - side.log_total, torch.zeros_like(self.u))
+        # Of the target: 1 or 0 where one of the two is missing.
+        self.p = torch.where(self.usual, torch.sigmoid(self.x), self.on.to(self.x))
+
+
+def decoupled(s: Odds, t: Odds, target: Tensor, p_s: Tensor, difference: Tensor):
     """Per row: KL between (b, 1 - b) of teacher and student, and where it is infinite.
 
-    ``us``, ``ut`` and ``du`` are the tempered rows and their difference, centred as the softmaxes
-    of the others, ``s`` and ``t``, are. Third, the student's gradient per logit of ``us``.
+    ``difference`` is that of the log-odds, where both are usual. Third, what remains of the
+    student's gradient per tempered logit where the row is infinite; ``p_s`` is over the others.
     """
-    zero = torch.zeros_like(us[..., :1])
-
-    def of_target(x):
-        return torch.where(target, x, 0.0).sum(-1, keepdim=True)
-
-    on_s, on_t = (~(torch.isneginf(u) & target).any(-1, keepdim=True) for u in (us, ut))
-    usual = some_s & some_t & on_s & on_t
-    safe = [torch.where(usual, of_target(torch.where(torch.isneginf(u), 0.0, u)), zero)
-            for u in (us, ut, du)]  # fmt: skip
-    x_s = torch.where(usual, safe[0] - s.log_total, zero)
-    x_t = torch.where(usual, safe[1] - t.log_total, zero)
-    d = torch.where(usual, safe[2] - ratio.delta, zero)
-
+    zero = torch.zeros_like(s.x)
+    usual = s.usual & t.usual
+    d = torch.where(usual, difference, zero)
     near = d.abs() <= 1
-    close, b_s, c_s = torch.where(near, d, zero), torch.sigmoid(x_s), torch.sigmoid(-x_s)
+    close, b_s, c_s = torch.where(near, d, zero), torch.sigmoid(s.x), torch.sigmoid(-s.x)
     m = torch.expm1(close)
     w = torch.log1p(b_s * m)
     e_1, e_0 = c_s * m / (1 + b_s * m), -b_s * m / (1 + b_s * m)
-    far = torch.sigmoid(x_t) * (F.logsigmoid(x_t) - F.logsigmoid(x_s))
-    far = far + torch.sigmoid(-x_t) * (F.logsigmoid(-x_t) - F.logsigmoid(-x_s))
+    far = torch.sigmoid(t.x) * (F.logsigmoid(t.x) - F.logsigmoid(s.x))
+    far = far + torch.sigmoid(-t.x) * (F.logsigmoid(-t.x) - F.logsigmoid(-s.x))
     value = torch.where(near, b_s * phi(e_1, close - w) + c_s * phi(e_0, -w), far)
-
     # The teacher certain, one way or the other, and the student not.
-    one = some_s & ~some_t & on_s & on_t
-    none = some_s & some_t & on_s & ~on_t
-    odds = torch.where(one | none, of_target(torch.where(torch.isneginf(us), 0.0, us)), zero)
-    odds = odds - torch.where(one | none, s.log_total, zero)
-    value = torch.where(one, F.softplus(-odds), torch.where(none, F.softplus(odds), value))
-    infinite = (on_t & ~on_s & some_s) | (some_t & ~some_s & on_s)
+    value = torch.where(s.usual & ~t.some & t.on, F.softplus(-s.x), value)
+    value = torch.where(s.usual & t.some & ~t.on, F.softplus(s.x), value)
+    infinite = (t.on & ~s.on & s.some) | (t.some & ~s.some & s.on)
+    value = torch.where(infinite | ~(usual | s.usual), zero, value)
 
-    def mass(u, side, some, on):
-        odds = of_target(torch.where(torch.isneginf(u), 0.0, u)) - side.log_total
-        return torch.where(some & on, torch.sigmoid(odds), on.to(odds))
-
-    g = (mass(us, s, some_s, on_s) - mass(ut, t, some_t, on_t)).detach()
-    gradient = torch.where(target, g, torch.where(some_s, -g * s.p.detach(), zero))
-    value = torch.where(infinite, zero, value).squeeze(-1)
-    empty = ~((some_s | on_s) & (some_t | on_t))
-    return torch.where(empty.squeeze(-1), math.nan, value), infinite.squeeze(-1), gradient
+    g = (s.p - t.p).detach()
+    remains = torch.where(target, g, torch.where(s.some, -g * p_s.detach(), zero))
+    return value.squeeze(-1), infinite.squeeze(-1), remains

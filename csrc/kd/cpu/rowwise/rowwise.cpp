@@ -95,8 +95,9 @@ void reduce(Row<S>& r) {
     tilt_s += sum(leaning_s), tilt_t += sum(leaning_t);
   });
   // Over the mass as it was rounded, so that a constant in the terms leaves no trace.
-  r.centre_s /= mass_s, r.centre_t /= mass_t;
-  r.tilt_s = tilt_s / mass_s, r.tilt_t = tilt_t / mass_t;
+  const double per_s = mass_s > 0 ? 1 / mass_s : 0, per_t = mass_t > 0 ? 1 / mass_t : 0;
+  r.centre_s *= per_s, r.centre_t *= per_t;
+  r.tilt_s = tilt_s * per_s, r.tilt_t = tilt_t * per_t;
 }
 
 inline void reduce_renyi_far(Row<double>& r) {

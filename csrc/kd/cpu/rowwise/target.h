@@ -31,8 +31,8 @@ inline Decoupled decoupled(double x_s, double x_t, double d) {
   const double c_s = sigmoid(-x_s), c_t = sigmoid(-x_t);
   const double one = b_t > 0 ? b_t * (log_sigmoid(x_t) - log_sigmoid(x_s)) : 0;
   const double zero = c_t > 0 ? c_t * (log_sigmoid(-x_t) - log_sigmoid(-x_s)) : 0;
-  const double infinite = one + zero > beyond;
-  return {one + zero, x_s > 0 ? c_t - c_s : b_s - b_t, infinite ? 0 : b_t * c_t * d};
+  const bool moves = b_t > 0 && c_t > 0 && one + zero < beyond;
+  return {one + zero, x_s > 0 ? c_t - c_s : b_s - b_t, moves ? b_t * c_t * d : 0};
 }
 
 // Hides the target from the sweeps, or gives it the temperature it has.
