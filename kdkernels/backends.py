@@ -21,6 +21,12 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 # a committed GPU result shows it correct and faster.
 AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
+# Families that torch's own operators compute, and why a kernel would not pay. For them `auto` means
+# these operators, which the reference is made of, and nothing is warned of.
+COMPOSITE = {
+    "listwise": "composite by design: a sort of every row, beside which the rest is small",
+}
+
 _preference = os.environ.get("KDKERNELS_BACKEND", "auto")
 _choices: dict[tuple[str, str, str], str] = {}
 _warned: set[tuple[str, str]] = set()
@@ -57,6 +63,8 @@ def verdict(family: str, backend: str, device_type: str) -> Verdict:
     """Whether ``backend`` can run the losses of ``family`` on a device type, and why not."""
     if backend == "reference":
         return Verdict(True, "plain torch, any device")
+    if family in COMPOSITE:
+        return Verdict(False, COMPOSITE[family])
     if backend == "triton":
         return Verdict(*ops.triton_verdict(family, device_type))
     ok, reason = ops.compiled_verdict(family, backend)
@@ -80,7 +88,7 @@ def _choose(family: str, device_type: str, backend: str, name: str) -> str:
         if ok:
             return candidate
         reasons.append(f"{candidate}: {reason}")
-    if reasons and (family, device_type) not in _warned:
+    if family not in COMPOSITE and reasons and (family, device_type) not in _warned:
         _warned.add((family, device_type))
         warnings.warn(
             f"kdkernels: no fused {family} kernel for {device_type} tensors "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as functions, one module per family."""
 
+from kdkernels.functional.listwise import pld_loss
 from kdkernels.functional.rowwise import (
     ats_loss,
     divergence,
@@ -22,6 +23,7 @@ __all__ = [
     "kd_loss",
     "kl_div",
     "nkd_loss",
+    "pld_loss",
     "reverse_kl_div",
     "tv_distance",
     "wsld_loss",

@@ -31,7 +31,9 @@ class RowwiseLoss(LossModule):
         numbers = {n: 1.0 if isinstance(v, Tensor) else v for n, v in held.items()}
         row = torch.zeros(1, 2, device="cpu")
         label = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._function(row, row, label, **numbers | {"backend": "reference", "inplace": False})
+        overrides = {"backend": "reference", "inplace": False}
+        numbers |= {name: value for name, value in overrides.items() if name in held}
+        self._function(row, row, label, **numbers)
 
 
 class SoftKLDivLoss(RowwiseLoss, function=functional.kl_div):
