@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as functions, one module per family."""
 
+from kdkernels.functional.ensemble import multi_teacher_kl_div
 from kdkernels.functional.rowwise import (
     ats_loss,
     divergence,
@@ -21,6 +22,7 @@ __all__ = [
     "js_div",
     "kd_loss",
     "kl_div",
+    "multi_teacher_kl_div",
     "nkd_loss",
     "reverse_kl_div",
     "tv_distance",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as ``torch.nn`` modules, one file per family."""
 
+from kdkernels.modules.ensemble import MultiTeacherKLDivLoss
 from kdkernels.modules.rowwise import (
     ATSLoss,
     DivergenceLoss,
@@ -20,6 +21,7 @@ __all__ = [
     "DivergenceLoss",
     "JSDivLoss",
     "KDLoss",
+    "MultiTeacherKLDivLoss",
     "NKDLoss",
     "ReverseKLDivLoss",
     "SoftKLDivLoss",

@@ -4,6 +4,7 @@
 Differentiable to any order, and under ``torch.func``. One module per family.
 """
 
+from kdkernels.reference.ensemble import ensemble
 from kdkernels.reference.rowwise import rowwise
 
-__all__ = ["rowwise"]
+__all__ = ["ensemble", "rowwise"]
