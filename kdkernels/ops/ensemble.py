@@ -42,9 +42,7 @@ def _fake(student, teachers, mixture, numbers, choices, grads, *_):
     loss = student.new_empty(leading if by_row else (), dtype=dtype)
     count = len(teachers)
     grad_student = student.new_empty(student.shape if grads & GRAD_STUDENT else (0,))
-    grad_teachers = teachers[0].new_empty(
-        (count, *student.shape) if grads & GRAD_TEACHER else (0,)
-    )
+    grad_teachers = teachers[0].new_empty((count, *student.shape) if grads & GRAD_TEACHER else (0,))
     # math.prod and not Size.numel, which would make the number of rows a constant of the graph.
     shape = (4 + count, math.prod(leading)) if grads & GRAD_ROWS else (0,)
     return loss, grad_student, grad_teachers, student.new_empty(shape, dtype=dtype)
@@ -97,7 +95,7 @@ class _Ensemble(torch.autograd.Function):
             temperatures, teacher_temperatures, weights,
         )  # fmt: skip
         ctx.save_for_backward(grad_student, grad_teachers, rows)
-        ctx.call = name, grads, stacked
+        ctx.call = name, stacked
         ctx.half, ctx.one_tau = half, numbers[1] == 0
         ctx.one_temperature = tuple(
             t is not None and t.numel() == 1 for t in (temperatures, teacher_temperatures)
@@ -107,7 +105,7 @@ class _Ensemble(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        name, grads, stacked = ctx.call
+        name, stacked = ctx.call
         refuse_higher_order(name)
         student, teachers, rows = ctx.saved_tensors
         need = ctx.needs_input_grad

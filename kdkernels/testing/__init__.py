@@ -12,7 +12,7 @@ and below a cap; both by the largest deviation and by relative L2.
 
 from __future__ import annotations
 
-from kdkernels.testing import rowwise
+from kdkernels.testing import ensemble, rowwise
 from kdkernels.testing.loss import (
     CAP,
     FLOOR,
@@ -36,4 +36,6 @@ __all__ = [
     "relative_errors",
 ]
 
-LOSSES: dict[str, Loss] = {loss.name: loss for family in (rowwise,) for loss in family.LOSSES}
+LOSSES: dict[str, Loss] = {
+    loss.name: loss for family in (rowwise, ensemble) for loss in family.LOSSES
+}

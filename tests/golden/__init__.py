@@ -20,4 +20,4 @@ def reduction_of(h) -> str:
     return h.reduction.split()[0].lower()
 
 
-from golden import rowwise  # noqa: E402, F401  (registers its adapters)
+from golden import ensemble, rowwise  # noqa: E402, F401  (register their adapters)

@@ -66,7 +66,7 @@ KD_FN Term<V> term(const Scalars<float>& k, V p, V s, V t, V exp_t) {
 }
 template <class V>
 KD_FN Term<V> term(const Scalars<double>& k, V p, V s, V t, V exp_t) {
-  const V off = all<V>(floor_of<double>), q = exp_t * k.inv_sum_t, limit = all<V>(709.);
+  const V off = all<V>(floor_of<double>), q = exp_t * k.inv_sum_t, limit = all<V>(beyond);
   const V ratio = at_most(at_least(log_ratio(k, s, t) - k.delta, -limit), limit);
   const V d = select(s <= off, select(t <= off, V{}, limit), select(t <= off, -limit, ratio));
   const auto near = is_near(d);
@@ -90,7 +90,7 @@ KD_FN Mixed<V> mixed(const Scalars<float>&, V p, V q, V gap, V) {
 }
 template <class V>
 KD_FN Mixed<V> mixed(const Scalars<double>& k, V p, V q, V gap, V s) {
-  const V e = gap / at_least(p, all<V>(1e-300)), limit = all<V>(709.);
+  const V e = gap / at_least(p, all<V>(1e-300)), limit = all<V>(beyond);
   const auto near = magnitude(e) < all<V>(0.25);
   const Log1p<V> l = log_parts(1 + e, e);
   const V log_q = log_parts(at_least(q, all<V>(1e-300)), q - 1).value;
