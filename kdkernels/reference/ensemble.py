@@ -11,55 +11,40 @@ from torch import Tensor
 
 from kdkernels.divergences import REDUCTIONS, Choices, Numbers
 from kdkernels.ops.ensemble import compute_dtype
-from kdkernels.reference.rowwise import (
-    _cross_entropy,
-    _divergence,
-    _Gradient,
-    _log1p,
-    _phi,
-    _Softmax,
-)
+from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, divergence, phi
+from kdkernels.reference.rowwise.target import cross_entropy
 
 # log q of a class that only teachers without weight have mass in, for their weights' gradient.
 _NO_MASS = {torch.float32: 1e-30, torch.float64: 1e-300}
 
 
-def _mixture(s: _Softmax, teachers: list[tuple[Tensor, _Softmax, Tensor]], tau):
+def _mixture(s: Softmax, teachers: list[tuple[Tensor, Softmax, Tensor]], tau):
     """Per row: KL(q || p_s) of ``q = sum_m w_m p_m`` where it is finite (else 0), and where not."""
     zero = torch.zeros_like(s.p)
     q, gap = zero, zero
     for weight, t, dz in teachers:
-        on = ~(s.off | t.off)
-        dz = torch.where(on, dz, zero)
-        wide = ((s.off ^ t.off) | (dz.abs() > 30)).any(-1, keepdim=True)
-        close = torch.where(wide, zero, dz)
-        delta = torch.where(
-            wide,
-            t.log_total - s.log_total,
-            torch.log1p((s.p * torch.expm1(close)).sum(-1, keepdim=True)),
-        )
-        d = torch.where(on, dz - delta, zero)
-        near = on & (d.abs() < 0.5)
-        difference = s.p * torch.expm1(torch.where(near, d, zero))
+        ratio = LogRatio(s, t, dz)
+        near = ratio.on & (ratio.d.abs() < 0.5)
+        difference = s.p * torch.expm1(torch.where(near, ratio.d, zero))
         q = q + weight * t.p
         gap = gap + weight * torch.where(near, difference, t.p - s.p)
     near = (s.p > 0) & ((gap / s.p).detach().abs() < 0.5)
     e = torch.where(near, gap, zero) / torch.where(near, s.p, 1.0)
     log_q = torch.clamp(q, min=_NO_MASS[q.dtype]).log()
     far = q * torch.where(s.off, zero, log_q - s.log_p) - gap
-    rows = torch.where(near, s.p * _phi(e, _log1p(e)), far).sum(-1)
+    rows = torch.where(near, s.p * phi(e, torch.log1p(e)), far).sum(-1)
     infinite = (s.off & (q > 0)).any(-1)
-    remains = _Gradient.apply(tau[0], (s.p - q.detach()) / tau[1])
+    remains = Gradient.apply(tau[0], (s.p - q.detach()) / tau[1])
     return torch.where(infinite, remains, rows), infinite
 
 
-def _sum(s: _Softmax, teachers: list[tuple[Tensor, _Softmax, Tensor]], tau):
+def _sum(s: Softmax, teachers: list[tuple[Tensor, Softmax, Tensor]], tau):
     """Per row: ``sum_m w_m KL(p_m || p_s)`` over the finite ones, and where one is infinite."""
     rows, infinite = 0.0, False
     for weight, t, dz in teachers:
         weight = weight.squeeze(-1)
-        value, beyond = _divergence("forward_kl", s, t, dz, 0.0, 0.0)
-        remains = _Gradient.apply(tau[0], (s.p - t.p.detach()) / tau[1])
+        value, beyond = divergence("forward_kl", s, t, LogRatio(s, t, dz), 0.0, 0.0)
+        remains = Gradient.apply(tau[0], (s.p - t.p.detach()) / tau[1])
         # An infinite divergence moves the student, and not its own weight.
         rows = rows + torch.where(beyond, weight.detach() * remains, weight * value)
         infinite = infinite | (beyond & (weight != 0))
@@ -114,7 +99,7 @@ def ensemble(
         tau_t = tau_s
     elif teacher_temperatures is not None:
         tau_t = teacher_temperatures.unsqueeze(-1)
-    s = _Softmax(student, tau_s)
+    s = Softmax(student, tau_s)
     rows = (torch.where(student.isfinite(), student, 0.0) * 0.0).sum(-1)
     empty = s.empty
     terms = []
@@ -123,7 +108,7 @@ def ensemble(
         sound = logits.amax(-1, keepdim=True).isfinite()
         counts = valid.unsqueeze(-1) & ((weight != 0) | (sound & weights.requires_grad))
         logits, weight = torch.where(counts, logits, 0.0), torch.where(counts, weight, 0.0)
-        t = _Softmax(logits, tau_t)
+        t = Softmax(logits, tau_t)
         dz = (logits - student - (t.shift - s.shift)) / tau_s if one_tau else t.u - s.u
         terms.append((weight, t, dz))
         empty = empty | t.empty
@@ -134,8 +119,10 @@ def ensemble(
         value = value * (tau_s.squeeze(-1) if isinstance(tau_s, Tensor) else tau_s) ** 2
     rows = rows + numbers.kd_weight * value
     if numbers.ce_weight:
-        s = _Softmax(student, 1.0)
-        value, too_large = _cross_entropy(s, student, labels, numbers.label_smoothing)
+        s = Softmax(student, 1.0)
+        if labels.dtype == torch.int64:
+            labels = torch.where(valid, labels, 0)
+        value, too_large = cross_entropy(s, student, labels, numbers.label_smoothing)
         value = torch.where(s.empty, math.nan, value)
         infinite = infinite | too_large
         rows = rows + numbers.ce_weight * value

@@ -199,8 +199,9 @@ def ensemble_kernel(
         ws, looks, tops = ws + (w,), looks + (look,), tops + (tl.where(look, top, top_s),)
         logs, invs = logs + (tl.log(total),), invs + (1 / total,)
         deltas = deltas + (tl.where(look, delta, 0.0),)
-        values, centres = values + (tl.zeros((ROWS, 1), ACC),), centres + (
-            tl.zeros((ROWS, 1), ACC),
+        values, centres = (
+            values + (tl.zeros((ROWS, 1), ACC),),
+            centres + (tl.zeros((ROWS, 1), ACC),),
         )
     target_sum = tl.full((1, 1), 1.0, ACC)
     if CE and PROBABILITIES:

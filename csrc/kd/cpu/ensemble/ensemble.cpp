@@ -155,10 +155,10 @@ struct Ensemble {
   void pass(const CrossEntropyRow<S>& ce) {
     using V = typename VectorOf<S>::V;
     const RowWriter<S> to_s(p.grad_student, r.index, false);
-    alignas(64) S buffer_s[block], buffer_t[block], out[block], q[block];
+    alignas(64) S buffer_t[block], out[block], q[block];
     S* gap = r.exp_t;
     for_blocks(p.classes, [&](int64_t first, int n) {
-      const S* s = r.student.get(first, n, buffer_s);
+      const S* s = r.student.get(first, n);
       const Scalars<S> k = r.k;
       if (p.classes > block)
         sweep<V>(n, [&](int i, auto w) {
@@ -188,7 +188,7 @@ struct Ensemble {
             const Term<V> c = terms(i, w);
             const V d = read<V>(q + i, w, S(0));
             to_weight += c.gap * d;
-            return Side<V>{c.q, d};
+            return Share<V>{c.q, d};
           });
           if (reduces) t.value += sum(to_weight);
         }
@@ -199,7 +199,7 @@ struct Ensemble {
       sweep<V>(n, [&](int i, auto w) {
         write<V>(grad + i, w, read<V>(gap + i, w, S(0)) * factor);
       });
-      if (ce.wanted) ce.emit(r, first, n, s, grad);
+      if (ce.wanted) ce.emit(first, n, s, grad);
       to_s.flush(first, n, grad);
     });
   }
@@ -241,16 +241,16 @@ struct Ensemble {
     teacher<reduces, emits>(t, first, n, z, [&](int i, auto w) {
       const Term<V> c = terms(i, w);
       slope -= c.gap * (read_logits<V>(s + i, w) - k.max_s);
-      return Side<V>{c.q, c.d};
+      return Share<V>{c.q, c.d};
     });
     if (emits) t.slope_s += sum(slope);
   }
 
   template <class V>
-  struct Side {
+  struct Share {
     V q, d;  // p_m, and the derivative to it: log(p_m / p_s), or the mixture's
   };
-  // A teacher's sums, or its gradients p_m (d - centre), from its Side of every class.
+  // A teacher's sums, or its gradients p_m (d - centre), from its Share of every class.
   template <bool reduces, bool emits, class Sides>
   void teacher(Teacher<S>& t, int64_t first, int n, const S* z, const Sides& sides) {
     using V = typename VectorOf<S>::V;
@@ -261,7 +261,7 @@ struct Ensemble {
     const S factor = S(t.infinite ? 0 : t.weight * factor_t);
     V mass{}, weighted{}, slope{};
     sweep<V>(n, [&](int i, auto w) {
-      const Side<V> c = sides(i, w);
+      const Share<V> c = sides(i, w);
       if (reduces) mass += c.q, weighted += c.q * c.d;
       if (emits) {
         const V dv = c.q * (c.d - centre);
@@ -309,7 +309,7 @@ void finish_row(Ensemble<S>& e) {
   CrossEntropyRow<S> ce(e.r);
   if (ce.wanted) {
     ce.coefficient = S(saved(p.grad_student) * p.ce_weight);
-    ce.measure(e.r);
+    ce.measure(Normaliser<S>{e.r.k.max_s, e.r.plain_s});
   }
   e.factor_s = saved(p.grad_student) * per_loss / tau_s;
   e.factor_t = saved(p.teachers[0].grad) * per_loss / tau_t;
@@ -358,6 +358,7 @@ inline void clear_row(const EnsembleParams& p, int64_t i, bool counts) {
 template <class S>
 bool try_row(const EnsembleParams& p, int64_t i, char* scratch) {
   Row<S> r(p, i);
+  r.temper(get(p.tau_s, i), get(p.tau_t, i));
   S* exps = (S*)scratch;
   Teacher<S>* teachers = (Teacher<S>*)(exps + block * p.count);
   Ensemble<S> e{p, r, teachers, gather(p, r, teachers, exps),

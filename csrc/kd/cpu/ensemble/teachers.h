@@ -81,18 +81,17 @@ template <bool plain, class S>
 void measure(Row<S>& r, Teacher<S>* teachers, int64_t count) {
   using V = typename VectorOf<S>::V;
   r.k.max_s = floor_of<S>;
-  r.sum_s = r.sum_plain = 0;
+  r.sum_s = r.plain_s = 0;
   r.lowest = 0;  // of u_s
-  alignas(64) S buffer[block];
-  for_blocks(r.p.classes, [&](int64_t first, int n) {
-    const S* s = r.student.get(first, n, buffer);
+  for_blocks(r.classes, [&](int64_t first, int n) {
+    const S* s = r.student.get(first, n);
     V top = all<V>(r.k.max_s);
     sweep<V>(n, [&](int i, auto w) { top = at_least(read<V>(s + i, w, floor_of<S>), top); });
     const double fall = first > 0 ? ((double)r.k.max_s - largest(top)) * r.k.inv_ts : 0;
     const double before = r.sum_s;
     r.k.max_s = largest(top);
     if (fall != 0) {
-      r.sum_s *= __builtin_exp(fall), r.sum_plain *= __builtin_exp(fall / r.k.inv_ts);
+      r.sum_s *= __builtin_exp(fall), r.plain_s *= __builtin_exp(fall / r.k.inv_ts);
       r.lowest += (S)fall;
     }
     const Scalars<S> k = r.k;
@@ -105,7 +104,7 @@ void measure(Row<S>& r, Teacher<S>* teachers, int64_t count) {
       low = at_most(select(z > all<V>(floor_of<S> / 2), z * k.inv_ts, V{}), low);
     });
     r.sum_s += sum(sum_s), r.lowest = -largest(-low);
-    if constexpr (plain) r.sum_plain += sum(sum_plain);
+    if constexpr (plain) r.plain_s += sum(sum_plain);
     for (int64_t m = 0; m < count; m++) {
       teachers[m].k.max_s = r.k.max_s;
       measure(teachers[m], r.index, first, n, s, r.exp_s, before, fall);
