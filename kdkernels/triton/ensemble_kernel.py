@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF005  (Triton knows no starred tuples)
 """The kernel of the ensemble family: M teachers, or their mixture, and cross-entropy.
 
 Fuses all softmaxes, the divergences, weights, temperatures, mask and every gradient. A program
@@ -157,8 +158,8 @@ def ensemble_kernel(
         tau_s = tl.load(temperatures + (row * 0 if SCALAR_S else row), mask=inside, other=1)
     tau_t = tl.full((1, 1), teacher_temperature, ACC)
     if teacher_temperatures is not None:
-        at = row * 0 if SCALAR_T else row
-        tau_t = tl.load(teacher_temperatures + at, mask=inside, other=1)
+        tau_at = row * 0 if SCALAR_T else row
+        tau_t = tl.load(teacher_temperatures + tau_at, mask=inside, other=1)
     inv_s, inv_t = 1 / tau_s, 1 / tau_t
     norm = tl.full((1, 1), normaliser, ACC)
     if count is not None:
@@ -185,8 +186,8 @@ def ensemble_kernel(
     for m in tl.static_range(M):
         w = tl.full((ROWS, 1), 1.0 / M, ACC)
         if weights is not None:
-            at = row * 0 + m if SCALAR_W else row + m * rows.to(tl.int64)
-            w = tl.load(weights + at, mask=inside, other=0)
+            w_at = row * 0 + m if SCALAR_W else row + m * rows.to(tl.int64)
+            w = tl.load(weights + w_at, mask=inside, other=0)
         look = inside if ALL else w != 0
         top, total, delta = _measure(
             s_row, teachers[m] + t_offset, look, live, top_s, sum_s, inv_s, inv_t, SAME, ACC,
@@ -319,9 +320,9 @@ def ensemble_kernel(
                     gu = tl.where(moves, ws[m] * gs, 0.0)
                     slope_s += _sum(tl.where(us == -float("inf"), 0.0, gu * us))
                 if grad_teachers is not None:
-                    at = grad_teachers + (row + m * rows.to(tl.int64)) * CLASSES
+                    t_grad = grad_teachers + (row + m * rows.to(tl.int64)) * CLASSES
                     grad = tl.where(live & moves, gv * t_factor, 0.0)
-                    _store(at, start, grad, inside, CLASSES, TILE)
+                    _store(t_grad, start, grad, inside, CLASSES, TILE)
         if row_grads is not None:
             at = row_grads + row
             stride = rows.to(tl.int64)
