@@ -26,6 +26,8 @@ __all__ = [
     "number",
     "per_row",
     "raise_for_labels",
+    "stacked",
+    "teacher_weights",
     "temperature",
 ]
 
@@ -80,6 +82,16 @@ def logits(name: str, student, teacher, width: int | None = None) -> None:
             f"{name}: student must have shape (..., C) with C >= 1, got {tuple(student.shape)}."
         )
     _same_device(name, "teacher", teacher, student)
+
+
+def stacked(name: str, argument: str, value: torch.Tensor, student) -> None:
+    """One tensor (M, ..., C) of M >= 1 times the student's shape."""
+    _tensor(name, "student", student)
+    if value.dim() == 0 or value.shape[0] == 0 or value.shape[1:] != student.shape:
+        raise ValueError(
+            f"{name}: {argument} must have shape (M, *{tuple(student.shape)}) with M >= 1, "
+            f"got {tuple(value.shape)}."
+        )
 
 
 def integer(name: str, argument: str, value) -> int:
@@ -151,6 +163,32 @@ def per_row(name: str, argument: str, value, student: torch.Tensor, dtype: torch
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: {argument} must be floating-point, got {value.dtype}.")
     return value.reshape(-1).to(dtype).contiguous()
+
+
+def teacher_weights(
+    name: str, value, count: int, student: torch.Tensor, dtype: torch.dtype, mixture: bool
+):
+    """A tensor (M,) or (M, ...), as (M, 1) or (M, N); those of a mixture have a positive sum."""
+    _tensor(name, "weights", value)
+    rows = student.shape[:-1]
+    if value.shape not in ((count,), (count, *rows)):
+        raise ValueError(
+            f"{name}: weights must have shape {(count,)} or {(count, *rows)}, "
+            f"got {tuple(value.shape)}."
+        )
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: weights must be floating-point, got {value.dtype}.")
+    _same_device(name, "weights", value, student)
+    if _readable(value) and value.numel():
+        if not value.isfinite().all():
+            raise ValueError(f"{name}: weights must be finite, got {value.detach().tolist()}.")
+        if mixture and not ((value >= 0).all() and (value.sum(0) > 0).all()):
+            raise ValueError(
+                f"{name}: weights of a mixture must not be negative, nor all be 0, "
+                f"got {value.detach().tolist()}."
+            )
+    columns = rows.numel() if value.dim() > 1 else 1
+    return value.reshape(count, columns).to(dtype).contiguous()
 
 
 def labels(name: str, value, student: torch.Tensor, ignore_index: int, read: bool):

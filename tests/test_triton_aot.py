@@ -58,6 +58,9 @@ def compiled(kernel, launch: dict, target: str):
         value = launch[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[parameter.name] = tuple(POINTERS[x.dtype] for x in value)
+            attributes |= {(i, k): [["tt.divisibility", 16]] for k in range(len(value))}
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -155,3 +158,19 @@ def test_scale_rows(target, classes, tmp_path):
     assert_in_registers(kernel, target, tmp_path)
     # The scalar (which CDNA reads by a scalar load), and the rows.
     assert load_widths(kernel, target) | {4} == {4, min(16, math.gcd(classes, 16) * 2)}
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("classes", [100, 1000, 32000])
+@pytest.mark.parametrize("target", TARGETS)
+def test_ensemble(target, classes, mixture, tmp_path):
+    from kdkernels.triton.ensemble import arguments, ensemble_kernel
+
+    x, row = torch.empty(8, classes), torch.empty(8)
+    optional = torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.bool), row, row, row
+    scalars = Numbers(4.0, 4.0, 1.0, 0.1, 0.1), Choices(reduction=REDUCTIONS.index("batchmean"))
+    for launch in (
+        arguments(x, (x, x, x), *[None] * 6, mixture, Numbers(4.0), scalars[1], GRAD_STUDENT),
+        arguments(x, (x, x, x), *optional, torch.empty(3, 8), mixture, *scalars, 15),
+    ):
+        assert_in_registers(compiled(ensemble_kernel, launch, target), target, tmp_path)

@@ -106,6 +106,26 @@ class TestInterpreted:
         student, teacher = logits(3, 37, dtype=dtype)
         check(F.divergence, {"student": student}, teacher=teacher, kind=kind)
 
+    @pytest.mark.parametrize("form", ["sum", "mixture"])
+    def test_ensemble(self, form, tiles):
+        """One teacher close to the student, one without weight, classes off on one or all sides."""
+        for dtype in DTYPES:
+            student, teacher = logits(3, 37, dtype=dtype)
+            near = student + (student.abs() * 2**-6).to(dtype)
+            teachers = torch.stack([teacher, near, teacher.flip(-1)])
+            teachers[:, 0, 5] = student[0, 5] = teachers[2, 1, 6] = -math.inf
+            check(F.multi_teacher_kl_div, {"student": student}, teachers=teachers, form=form)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            rows = torch.tensor([1.5, 2.0, 4.0], dtype=wide)
+            leaves = {"student": student, "teachers": teachers, "row_weight": rows - 1.5}
+            leaves |= {"temperature": rows, "teacher_temperature": rows.flip(0)}
+            leaves["weights"] = torch.tensor([0.5, 0.0, 2.0], dtype=wide)
+            check(
+                F.multi_teacher_kl_div, leaves, ("temperature", "teacher_temperature"), form=form,
+                labels=torch.tensor([3, -100, 7]), ce_weight=0.3, label_smoothing=0.1,
+                reduction="none",
+            )  # fmt: skip
+
     @pytest.mark.parametrize("kind", DIVERGENCES)
     def test_far_apart(self, kind, tiles):
         student, teacher = logits(3, 37, noise=10.0)

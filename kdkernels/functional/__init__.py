@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as functions, one module per family."""
 
+from kdkernels.functional.ensemble import multi_teacher_kl_div
 from kdkernels.functional.listwise import pld_loss
 from kdkernels.functional.rowwise import (
     ats_loss,
@@ -22,6 +23,7 @@ __all__ = [
     "js_div",
     "kd_loss",
     "kl_div",
+    "multi_teacher_kl_div",
     "nkd_loss",
     "pld_loss",
     "reverse_kl_div",

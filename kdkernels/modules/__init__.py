@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as ``torch.nn`` modules, one file per family."""
 
+from kdkernels.modules.ensemble import MultiTeacherKLDivLoss
 from kdkernels.modules.listwise import PLDLoss
 from kdkernels.modules.rowwise import (
     ATSLoss,
@@ -21,6 +22,7 @@ __all__ = [
     "DivergenceLoss",
     "JSDivLoss",
     "KDLoss",
+    "MultiTeacherKLDivLoss",
     "NKDLoss",
     "PLDLoss",
     "ReverseKLDivLoss",

@@ -54,7 +54,8 @@ def triton_verdict(family: str, device_type: str) -> tuple[bool, str]:
     return False, f"runs on cuda tensors, got {device_type} tensors"
 
 
-from kdkernels.ops import rowwise  # noqa: E402, F401  (defines the schemas the binaries implement)
+# These define the schemas that the binaries implement.
+from kdkernels.ops import ensemble, rowwise  # noqa: E402, F401
 
 _load("_C_cpu")
 _load("_C_cuda")

@@ -4,7 +4,8 @@
 Differentiable to any order, and under ``torch.func``. One module per family.
 """
 
+from kdkernels.reference.ensemble import ensemble
 from kdkernels.reference.listwise import pld
 from kdkernels.reference.rowwise import rowwise
 
-__all__ = ["pld", "rowwise"]
+__all__ = ["ensemble", "pld", "rowwise"]

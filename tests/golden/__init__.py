@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 ADAPTERS = {}
 
 
@@ -20,4 +23,5 @@ def reduction_of(h) -> str:
     return h.reduction.split()[0].lower()
 
 
-from golden import listwise, rowwise  # noqa: E402, F401  (registers its adapters)
+for _family in pkgutil.iter_modules(__path__):  # each registers its adapters
+    importlib.import_module(f"golden.{_family.name}")

@@ -2,11 +2,13 @@
 // The CPU kernels, at the ISA level chosen for this machine. Each takes a range of rows, so that
 // whoever calls it can split the work; the results do not depend on the split.
 #pragma once
+#include "../ensemble.h"
 #include "../rowwise.h"
 
 namespace kd {
 
 #define KD_KERNELS(X)                                                                    \
+  X(ensemble, (const EnsembleParams&, int64_t begin, int64_t end))                       \
   X(rowwise, (const RowwiseParams&, int64_t begin, int64_t end))                         \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))
 

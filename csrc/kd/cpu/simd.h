@@ -239,17 +239,16 @@ KD_FN vd log_tail(vd s2) {
   r = r * s2 + 2. / 5;
   return (r * s2 + 2. / 3) * s2;
 }
-// log(1 + x), and x - log(1 + x) without cancellation; x > -1, or -1 for a large negative value.
+// log(u), and x - log(u) without cancellation, for a normal u > 0 of which x is u - 1, exact near 0.
 template <class V>
 struct Log1p {
   V value, excess;
 };
 template <class V>
-KD_FN Log1p<V> log1p_parts(V x) {
+KD_FN Log1p<V> log_parts(V u, V x) {
   using L = Lanes<V>;
   using I = typename L::I;
   using S = typename L::S;
-  const V u = at_least(S(1) + x, all<V>(S(1e-30)));
   const I bits = (I)u + (L::one - L::sqrt_half);
   const I k = (bits >> L::mantissa) - L::bias;
   const V n = __builtin_convertvector(k, V);
@@ -260,4 +259,10 @@ KD_FN Log1p<V> log1p_parts(V x) {
   const V drop = s * (z - log_tail(s * s));  // z - log(1 + z)
   const V value = n * L::ln2_hi + ((z - drop) + n * L::ln2_lo);
   return {value, select(near, drop, x - value)};
+}
+// log(1 + x), and x - log(1 + x); x > -1, or -1 for a large negative value.
+template <class V>
+KD_FN Log1p<V> log1p_parts(V x) {
+  using S = typename Lanes<V>::S;
+  return log_parts(at_least(S(1) + x, all<V>(S(1e-30))), x);
 }
