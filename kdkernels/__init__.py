@@ -25,6 +25,7 @@ __all__ = [
     "ReverseKLDivLoss",
     "SoftKLDivLoss",
     "TVDistanceLoss",
+    "TopKDivergenceLoss",
     "WSLDLoss",
     "backends",
     "check",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         PLDLoss,
         ReverseKLDivLoss,
         SoftKLDivLoss,
+        TopKDivergenceLoss,
         TVDistanceLoss,
         WSLDLoss,
     )

@@ -254,8 +254,61 @@ def inplace(name: str, student: torch.Tensor, others: dict[str, torch.Tensor | N
             )
 
 
-def raise_for_labels(name: str, error: RuntimeError) -> None:
-    """Raise what a compiled operator found wrong with the labels as a ValueError."""
-    _, found, rest = str(error).partition("labels must be")
+def topk(name: str, student, values, indices) -> None:
+    """Logits (..., C), floats (..., k) with k >= 1, and integers of the latter's shape."""
+    logits(name, student, student)
+    for argument, value in (("topk_values", values), ("topk_indices", indices)):
+        _tensor(name, argument, value)
+        if value.dim() != student.dim() or value.shape[:-1] != student.shape[:-1]:
+            raise ValueError(
+                f"{name}: {argument} must have shape {(*student.shape[:-1], 'k')}, "
+                f"got {tuple(value.shape)}."
+            )
+        _same_device(name, argument, value, student)
+    if values.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name}: topk_values must be float64, float32, bfloat16 or float16, "
+            f"got {values.dtype}."
+        )
+    if indices.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: topk_indices must be integers, got {indices.dtype}.")
+    if values.shape != indices.shape or values.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: topk_values and topk_indices must have one shape (..., k) with k >= 1, "
+            f"got {tuple(values.shape)} and {tuple(indices.shape)}."
+        )
+
+
+def topk_indices(
+    name: str, indices, values, student, labels, mask, ignore_index: int, read: bool
+) -> torch.Tensor:
+    """The indices as contiguous int64 (N, k).
+
+    Without ``read`` their values are left to the kernel to check.
+    """
+    indices = indices.reshape(-1, indices.shape[-1]).to(torch.int64).contiguous()
+    if read and _readable(indices) and indices.numel():
+        classes, k = student.shape[-1], indices.shape[-1]
+        looked_at = ~torch.isneginf(values.detach().reshape(-1, k))
+        if mask is not None:
+            looked_at &= mask.unsqueeze(-1)
+        if labels is not None and labels.dtype == torch.int64:
+            looked_at &= (labels != ignore_index).unsqueeze(-1)
+        if (looked_at & ((indices < 0) | (indices >= classes))).any():
+            raise ValueError(
+                f"{name}: topk_indices must be in [0, {classes}) where topk_values is not -inf."
+            )
+        apart = torch.where(looked_at, indices, -1 - torch.arange(k, device=indices.device))
+        apart = apart.sort(-1).values
+        if (apart[:, 1:] == apart[:, :-1]).any():
+            raise ValueError(
+                f"{name}: topk_indices must be distinct in a row where topk_values is not -inf."
+            )
+    return indices
+
+
+def raise_for_labels(name: str, error: RuntimeError, argument: str = "labels") -> None:
+    """Raise what a compiled operator found wrong with integers as a ValueError."""
+    _, found, rest = str(error).partition(f"{argument} must be")
     if found:
         raise ValueError(f"{name}: {found}{rest.splitlines()[0]}") from None

@@ -54,6 +54,31 @@ class Choices(NamedTuple):
     width: int = 0  # 0: all of them
 
 
+# What a top-k teacher says of the other classes, in the order of `Missing` in csrc/kd/sparse.h.
+MISSING = ("tail", "zero", "renormalize")
+# The teacher's tail, of which rounding has left nothing, where reverse KL would be infinite.
+LEAST_TAIL = 1e-7
+
+
+class TopKNumbers(NamedTuple):
+    """Fields in the order of `TopKNumbers` in csrc/kd/sparse.h."""
+
+    temperature: float = 1.0
+    teacher_temperature: float = 0.0  # 0: the student's, be that a number or a tensor
+    beta: float = 0.0
+
+
+class TopKChoices(NamedTuple):
+    """Fields in the order of `TopKChoices`; missing indexes MISSING."""
+
+    kind: int = 0
+    t2: bool = True
+    reduction: int = 0
+    ignore_index: int = -100
+    missing: int = 0
+    spread: bool = True  # a temperature acts on the tail as on classes of equal mass
+
+
 # Default alpha and beta of each kind that takes them.
 _PARAMETERS = {
     "js": (None, 0.5),

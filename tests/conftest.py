@@ -35,13 +35,14 @@ def pytest_generate_tests(metafunc):
     """Tests that take ``backend`` and ``device`` run on every pair that works here.
 
     Where they take ``any_loss`` as well, they run over the registry, with ``loss`` over those that
-    have the rowwise functions' arguments; ``kernel`` in the place of ``backend`` leaves out the
-    reference.
+    have the rowwise functions' arguments, or the module's own ``ENTRIES``; ``kernel`` in the place
+    of ``backend`` leaves out the reference.
     """
     names = metafunc.fixturenames
     for name in ("loss", "any_loss"):
         if name in names:
             entries = [x for x in LOSSES.values() if name == "any_loss" or x.by_row]
+            entries = getattr(metafunc.module, "ENTRIES", entries)
             metafunc.parametrize(name, [pytest.param(x, id=x.name) for x in entries])
     for name in ("backend", "kernel"):
         if not {name, "device"} <= set(names):

@@ -36,9 +36,7 @@ def assert_as_reference(loss, inputs, backend, **options):
 
 def test_reference_is_the_published_formula(loss):
     """The oracle against each loss as users write it, in float64 where both are exact."""
-    inputs = loss.inputs(7, 50, dtype=torch.float64)
-    for name in ("student", "teacher"):
-        inputs[name].requires_grad_()
+    inputs = loss.inputs(7, 50, dtype=torch.float64, requires_grad=True)
     value, expected = loss(inputs, backend="reference"), loss.eager(**inputs, **loss.hyper)
     close(value, expected, rel=1e-10)
     wanted = gradients(expected, inputs)

@@ -15,6 +15,7 @@ from kdkernels.functional.rowwise import (
     tv_distance,
     wsld_loss,
 )
+from kdkernels.functional.sparse import topk_divergence
 
 __all__ = [
     "ats_loss",
@@ -27,6 +28,7 @@ __all__ = [
     "nkd_loss",
     "pld_loss",
     "reverse_kl_div",
+    "topk_divergence",
     "tv_distance",
     "wsld_loss",
 ]

@@ -15,6 +15,7 @@ from kdkernels.modules.rowwise import (
     TVDistanceLoss,
     WSLDLoss,
 )
+from kdkernels.modules.sparse import TopKDivergenceLoss
 
 __all__ = [
     "ATSLoss",
@@ -28,5 +29,6 @@ __all__ = [
     "ReverseKLDivLoss",
     "SoftKLDivLoss",
     "TVDistanceLoss",
+    "TopKDivergenceLoss",
     "WSLDLoss",
 ]

@@ -7,5 +7,6 @@ Differentiable to any order, and under ``torch.func``. One module per family.
 from kdkernels.reference.ensemble import ensemble
 from kdkernels.reference.listwise import pld
 from kdkernels.reference.rowwise import rowwise
+from kdkernels.reference.sparse import sparse
 
-__all__ = ["ensemble", "pld", "rowwise"]
+__all__ = ["ensemble", "pld", "rowwise", "sparse"]

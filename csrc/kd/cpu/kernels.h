@@ -4,12 +4,14 @@
 #pragma once
 #include "../ensemble.h"
 #include "../rowwise.h"
+#include "../sparse.h"
 
 namespace kd {
 
 #define KD_KERNELS(X)                                                                    \
   X(ensemble, (const EnsembleParams&, int64_t begin, int64_t end))                       \
   X(rowwise, (const RowwiseParams&, int64_t begin, int64_t end))                         \
+  X(sparse, (const TopKParams&, int64_t begin, int64_t end))                             \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))
 
 struct Kernels {
