@@ -19,7 +19,14 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kdkernels import ops  # noqa: E402
-from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers  # noqa: E402
+from kdkernels.divergences import (  # noqa: E402
+    KINDS,
+    REDUCTIONS,
+    Choices,
+    Numbers,
+    TopKChoices,
+    TopKNumbers,
+)
 from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -38,6 +45,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.bool: "*i1",
 }
 # Several rows to a tile, barely and well aligned; one row; the most warps; swept.
@@ -146,6 +154,44 @@ def test_every_kind(kind, target, dtype, tmp_path):
 
     kernel = compiled(rowwise_kernel, launch(32000, dtype, kind=kind, everything=True), target)
     assert_in_registers(kernel, target, tmp_path)
+
+
+def sparse_launch(classes, k, dtype, *, kind="forward_kl", everything=False):
+    """As `launch`, of the sparse family."""
+    from kdkernels.triton.sparse import arguments
+
+    x, values = torch.empty(8, classes, dtype=dtype), torch.empty(8, k, dtype=dtype)
+    indices, valid = torch.zeros(8, k, dtype=torch.int64), torch.ones(8, dtype=torch.bool)
+    row = torch.empty(8, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    scalars = (
+        TopKNumbers(2.0, 2.0, 0.3),
+        TopKChoices(KINDS.index(kind), reduction=REDUCTIONS.index("batchmean")),
+    )
+    if everything:
+        grads = GRAD_STUDENT | GRAD_TEACHER | GRAD_ROWS
+        return arguments(x, values, indices, valid, row, row, row, row, *scalars, grads)
+    options = [None] * 5
+    return arguments(x, values, indices, *options, *scalars, GRAD_STUDENT)
+
+
+SPARSE_CASES = [
+    *((target, torch.bfloat16, 32000, 64, "js") for target in TARGETS),
+    ("sm_90", torch.float32, 100, 10, "forward_kl"),
+    ("sm_90", torch.bfloat16, 1000, 500, "js"),
+    ("sm_90", torch.float32, 32000, 500, "reverse_kl"),
+    ("sm_90", torch.float64, 32000, 64, "tv"),
+]
+
+
+@pytest.mark.parametrize("target, dtype, classes, k, kind", SPARSE_CASES)
+def test_sparse(target, dtype, classes, k, kind, tmp_path):
+    from kdkernels.triton.sparse_kernel import sparse_kernel
+
+    plain = compiled(sparse_kernel, sparse_launch(classes, k, dtype), target)
+    assert_in_registers(plain, target, tmp_path)
+    everything = sparse_launch(classes, k, dtype, kind=kind, everything=True)
+    assert_in_registers(compiled(sparse_kernel, everything, target), target, tmp_path)
+    assert min(16, math.gcd(classes, 16) * dtype.itemsize) in load_widths(plain, target)
 
 
 @pytest.mark.parametrize("classes", [100, 1000, 32000])
