@@ -4,8 +4,9 @@
 Differentiable to any order, and under ``torch.func``. One module per family.
 """
 
+from kdkernels.reference.batchwise import dist, mlkd
 from kdkernels.reference.ensemble import ensemble
 from kdkernels.reference.listwise import pld
 from kdkernels.reference.rowwise import rowwise
 
-__all__ = ["ensemble", "pld", "rowwise"]
+__all__ = ["dist", "ensemble", "mlkd", "pld", "rowwise"]

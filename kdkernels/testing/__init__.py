@@ -12,7 +12,7 @@ and below a cap; both by the largest deviation and by relative L2.
 
 from __future__ import annotations
 
-from kdkernels.testing import ensemble, listwise, rowwise
+from kdkernels.testing import batchwise, ensemble, listwise, rowwise
 from kdkernels.testing.loss import (
     CAP,
     FLOOR,
@@ -40,5 +40,6 @@ _FAMILIES = (
     rowwise,
     ensemble,
     listwise,
+    batchwise,
 )
 LOSSES: dict[str, Loss] = {loss.name: loss for family in _FAMILIES for loss in family.LOSSES}
