@@ -15,10 +15,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ATSLoss",
+    "DISTLoss",
     "DKDLoss",
     "DivergenceLoss",
     "JSDivLoss",
     "KDLoss",
+    "MLKDLoss",
     "MultiTeacherKLDivLoss",
     "NKDLoss",
     "PLDLoss",
@@ -52,10 +54,12 @@ if TYPE_CHECKING:
     from kdkernels.diagnostics import check, info
     from kdkernels.modules import (
         ATSLoss,
+        DISTLoss,
         DivergenceLoss,
         DKDLoss,
         JSDivLoss,
         KDLoss,
+        MLKDLoss,
         MultiTeacherKLDivLoss,
         NKDLoss,
         PLDLoss,

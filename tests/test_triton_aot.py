@@ -48,6 +48,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
+OPTIONS = ("num_warps", "maxnreg", "enable_fp_fusion")
 # Several rows to a tile, barely and well aligned; one row; the most warps; swept.
 WIDTHS = (10, 100, 1000, 4096, 32000)
 
@@ -74,7 +75,7 @@ def compiled(kernel, launch: dict, target: str):
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32" if isinstance(value, int) else "fp64"
-    options = {name: launch[name] for name in ("num_warps", "maxnreg") if name in launch}
+    options = {name: launch[name] for name in OPTIONS if name in launch}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=TARGETS[target], options=options)
 
@@ -220,3 +221,45 @@ def test_ensemble(target, classes, mixture, tmp_path):
         arguments(x, (x, x, x), *optional, torch.empty(3, 8), mixture, *scalars, 15),
     ):
         assert_in_registers(compiled(ensemble_kernel, launch, target), target, tmp_path)
+
+
+BATCHWISE_CASES = [
+    *(("sm_90", dtype, n) for dtype in (torch.float32, torch.bfloat16) for n in (100, 1000, 32000)),
+    ("sm_90", torch.float64, 1000),
+    ("sm_90", torch.float16, 1000),
+    *((target, torch.bfloat16, 1000) for target in ("sm_80", "sm_100")),
+    ("gfx942", torch.float32, 1000),
+]
+
+
+@pytest.mark.parametrize("target, dtype, classes", BATCHWISE_CASES)
+def test_batchwise(target, dtype, classes, tmp_path):
+    from kdkernels.ops.batchwise import GRAD_TEMPERATURE, DistChoices, DistNumbers
+    from kdkernels.triton import batchwise, batchwise_kernels
+
+    x = torch.empty(64, classes, dtype=dtype)
+    valid = torch.ones(64, dtype=torch.bool)
+    for grads, mask in ((GRAD_STUDENT, None), (15 | GRAD_TEMPERATURE, valid)):
+        of_rows, of_columns, gradients = batchwise.dist_launches(
+            x, x, DistNumbers(4.0), DistChoices(), grads, mask
+        )
+        for kernel, launch in (
+            (batchwise_kernels.dist_rows_kernel, of_rows),
+            (batchwise_kernels.dist_columns_kernel, of_columns),
+            *((batchwise_kernels.dist_gradient_kernel, launch) for launch in gradients),
+        ):
+            assert_in_registers(compiled(kernel, launch, target), target, tmp_path)
+    temperatures = (4.0, 3.0, 5.0, 2.0, 6.0)
+    (softmax, *_) = batchwise.softmax_launches(x, x, temperatures, valid)
+    launches = [(batchwise_kernels.mlkd_softmax_kernel, softmax)]
+    soft = softmax["soft"].new_empty(5, 2, 64, classes)
+    for of_teacher in (False, True):
+        dots, gradient = batchwise.gradient_launches(
+            x, soft, soft[:, 0], softmax["kl"], softmax["kl"], temperatures, of_teacher, valid
+        )
+        launches += (
+            (batchwise_kernels.mlkd_dots_kernel, dots),
+            (batchwise_kernels.mlkd_gradient_kernel, gradient),
+        )
+    for kernel, launch in launches:
+        assert_in_registers(compiled(kernel, launch, target), target, tmp_path)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as functions, one module per family."""
 
+from kdkernels.functional.batchwise import dist_loss, mlkd_loss
 from kdkernels.functional.ensemble import multi_teacher_kl_div
 from kdkernels.functional.listwise import pld_loss
 from kdkernels.functional.rowwise import (
@@ -19,11 +20,13 @@ from kdkernels.functional.sparse import topk_divergence
 
 __all__ = [
     "ats_loss",
+    "dist_loss",
     "divergence",
     "dkd_loss",
     "js_div",
     "kd_loss",
     "kl_div",
+    "mlkd_loss",
     "multi_teacher_kl_div",
     "nkd_loss",
     "pld_loss",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as ``torch.nn`` modules, one file per family."""
 
+from kdkernels.modules.batchwise import DISTLoss, MLKDLoss
 from kdkernels.modules.ensemble import MultiTeacherKLDivLoss
 from kdkernels.modules.listwise import PLDLoss
 from kdkernels.modules.rowwise import (
@@ -19,10 +20,12 @@ from kdkernels.modules.sparse import TopKDivergenceLoss
 
 __all__ = [
     "ATSLoss",
+    "DISTLoss",
     "DKDLoss",
     "DivergenceLoss",
     "JSDivLoss",
     "KDLoss",
+    "MLKDLoss",
     "MultiTeacherKLDivLoss",
     "NKDLoss",
     "PLDLoss",

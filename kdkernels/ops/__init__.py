@@ -29,9 +29,14 @@ def _load(name: str) -> None:
         _load_errors[name] = f"{name} did not load with torch {torch.__version__}: {error}"
 
 
+# The operator that speaks for a family in which none has its name.
+_SPEAKS = {"batchwise": "dist"}
+
+
 def compiled_verdict(family: str, backend: str) -> tuple[bool, str]:
     """Whether the compiled extension of ``backend`` ("cpu" or "cuda") holds ``family``."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{family}", backend.upper()):
+    operator = f"{NAMESPACE}::{_SPEAKS.get(family, family)}"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(operator, backend.upper()):
         return True, f"compiled extension _C_{backend}"
     return False, _load_errors.get(f"_C_{backend}", f"_C_{backend} has no {family} kernel")
 
@@ -55,7 +60,7 @@ def triton_verdict(family: str, device_type: str) -> tuple[bool, str]:
 
 
 # These define the schemas that the binaries implement.
-from kdkernels.ops import ensemble, rowwise, sparse  # noqa: E402, F401
+from kdkernels.ops import batchwise, ensemble, rowwise, sparse  # noqa: E402, F401
 
 _load("_C_cpu")
 _load("_C_cuda")

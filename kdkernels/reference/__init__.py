@@ -4,9 +4,10 @@
 Differentiable to any order, and under ``torch.func``. One module per family.
 """
 
+from kdkernels.reference.batchwise import dist, mlkd
 from kdkernels.reference.ensemble import ensemble
 from kdkernels.reference.listwise import pld
 from kdkernels.reference.rowwise import rowwise
 from kdkernels.reference.sparse import sparse
 
-__all__ = ["ensemble", "pld", "rowwise", "sparse"]
+__all__ = ["dist", "ensemble", "mlkd", "pld", "rowwise", "sparse"]

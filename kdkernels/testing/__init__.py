@@ -12,7 +12,7 @@ and below a cap; both by the largest deviation and by relative L2.
 
 from __future__ import annotations
 
-from kdkernels.testing import ensemble, listwise, rowwise, sparse
+from kdkernels.testing import batchwise, ensemble, listwise, rowwise, sparse
 from kdkernels.testing.loss import (
     CAP,
     FLOOR,
@@ -41,5 +41,6 @@ _FAMILIES = (
     ensemble,
     listwise,
     sparse,
+    batchwise,
 )
 LOSSES: dict[str, Loss] = {loss.name: loss for family in _FAMILIES for loss in family.LOSSES}

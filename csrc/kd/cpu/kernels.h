@@ -2,6 +2,7 @@
 // The CPU kernels, at the ISA level chosen for this machine. Each takes a range of rows, so that
 // whoever calls it can split the work; the results do not depend on the split.
 #pragma once
+#include "../batchwise.h"
 #include "../ensemble.h"
 #include "../rowwise.h"
 #include "../sparse.h"
@@ -12,6 +13,12 @@ namespace kd {
   X(ensemble, (const EnsembleParams&, int64_t begin, int64_t end))                       \
   X(rowwise, (const RowwiseParams&, int64_t begin, int64_t end))                         \
   X(sparse, (const TopKParams&, int64_t begin, int64_t end))                             \
+  X(dist_measure, (const DistParams&, int64_t begin, int64_t end))                       \
+  X(dist_columns, (const DistParams&, int64_t begin, int64_t end))                       \
+  X(dist_emit, (const DistParams&, int64_t begin, int64_t end))                          \
+  X(mlkd_softmax, (const MlkdParams&, int64_t begin, int64_t end))                       \
+  X(mlkd_grams, (const MlkdGrams&, int64_t begin, int64_t end))                          \
+  X(mlkd_gradient, (const MlkdParams&, int64_t begin, int64_t end))                      \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))
 
 struct Kernels {

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// kdkernels::dist and mlkd_* on CPU tensors. The schemas are defined in
+// kdkernels/ops/batchwise.py.
+#include "tensors.h"
+
+#include <memory>
+#include <tuple>
+
+namespace {
+
+using namespace kd::torch_binding;
+using torch::stable::parallel_for;
+
+enum MoreGradients { of_temperature = 8 };
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dist(
+    Tensor student, Tensor teacher, std::vector<double> numbers, std::vector<int64_t> choices,
+    int64_t grads, std::optional<Tensor> mask, std::optional<Tensor> temperature) {
+  kd::DistParams p;
+  static_cast<kd::DistNumbers&>(p) = unpack<kd::DistNumbers>(numbers);
+  static_cast<kd::DistChoices&>(p) = unpack<kd::DistChoices>(choices);
+  Tensor keep_student, keep_teacher;
+  p.student = rows_of(student, keep_student), p.teacher = rows_of(teacher, keep_teacher);
+  p.classes = student.size(student.dim() - 1);
+  p.rows = p.counted = student.numel() / p.classes;
+  if (mask) {
+    p.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+    p.counted = std::count_if(p.mask, p.mask + p.rows, [](uint8_t m) { return m != 0; });
+  }
+  if (temperature) {
+    const kd::RowScalar tau = scalar_of(temperature, 1);
+    p.temperature = tau.is_double ? *static_cast<const double*>(tau.data)
+                                  : *static_cast<const float*>(tau.data);
+  }
+  const bool in_double =
+      p.student.dtype == kd::DType::float64 || p.teacher.dtype == kd::DType::float64;
+  const ScalarType dtype = in_double ? ScalarType::Double : ScalarType::Float;
+  Tensor grad_student = gradient_for(student, grads & of_student, p.grad_student);
+  Tensor grad_teacher = gradient_for(teacher, grads & of_teacher, p.grad_teacher);
+
+  const int64_t blocks = kd::dist_blocks(p.rows, p.classes);
+  const std::unique_ptr<kd::DistRow[]> rows(new kd::DistRow[p.rows]);
+  const std::unique_ptr<double[]> scratch(
+      new double[(blocks * kd::dist_moments + kd::dist_coefficients + 1) * p.classes]);
+  const std::unique_ptr<double[]> factors(grads & of_rows ? new double[2 * p.rows] : nullptr);
+  p.row = rows.get(), p.row_factor = factors.get();
+  p.moments = scratch.get();
+  p.columns = p.moments + blocks * kd::dist_moments * p.classes;
+  p.column_loss = static_cast<double*>(p.columns) + kd::dist_coefficients * p.classes;
+  p.temperature_grad = grads & of_temperature;
+
+  const auto& kernels = kd::kernels();
+  double loss = 0, slope = 0;
+  if (p.counted > 0) {
+    parallel_for(0, blocks, 1, [&](int64_t a, int64_t b) { kernels.dist_measure(p, a, b); });
+    parallel_for(0, p.classes, kd::grain / blocks + 1,
+                 [&](int64_t a, int64_t b) { kernels.dist_columns(p, a, b); });
+    for (int64_t i = 0; i < p.rows; i++) loss += p.row[i].loss;
+    for (int64_t k = 0; k < p.classes; k++) loss += p.column_loss[k];
+  }
+  if (grads & (of_student | of_teacher | of_temperature))
+    parallel_for(0, p.rows, kd::rows_per_task(p.classes),
+                 [&](int64_t a, int64_t b) { kernels.dist_emit(p, a, b); });
+  if (p.temperature_grad) {
+    for (int64_t i = 0; i < p.rows; i++) slope -= p.row[i].slope;
+    slope = (slope + (p.t2 ? 2 * loss : 0)) / p.temperature;
+  }
+  return {stored(&loss, {}, dtype), grad_student, grad_teacher,
+          p.temperature_grad ? stored(&slope, {1}, dtype) : nothing(dtype),
+          p.row_factor ? stored(p.row_factor, {2, p.rows}, dtype) : nothing(dtype)};
+}
+
+kd::MlkdParams mlkd(const Tensor& logits, const std::vector<double>& temperatures,
+                    const std::optional<Tensor>& mask) {
+  kd::MlkdParams p;
+  p.classes = logits.size(logits.dim() - 1);
+  p.rows = logits.numel() / p.classes;
+  p.temperatures = temperatures.size(), p.temperature = temperatures.data();
+  STD_TORCH_CHECK(p.temperatures <= kd::most_temperatures, "kdkernels: too many temperatures");
+  if (mask) p.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+  return p;
+}
+
+std::tuple<Tensor, Tensor> mlkd_softmax(Tensor student, Tensor teacher,
+                                        std::vector<double> temperatures,
+                                        std::optional<Tensor> mask) {
+  kd::MlkdParams p = mlkd(student, temperatures, mask);
+  Tensor keep_student, keep_teacher;
+  p.student = rows_of(student, keep_student), p.teacher = rows_of(teacher, keep_teacher);
+  p.in_double = p.student.dtype == kd::DType::float64 || p.teacher.dtype == kd::DType::float64;
+  const ScalarType dtype = p.in_double ? ScalarType::Double : ScalarType::Float;
+  Tensor soft = contiguous({p.temperatures, 2, p.rows, p.classes}, dtype);
+  Tensor kl = contiguous({p.rows}, dtype);
+  p.soft = soft.mutable_data_ptr(), p.kl = kl.mutable_data_ptr();
+  kd::advise_huge_pages(p.soft, soft.numel() * (p.in_double ? 8 : 4));
+  const auto& kernel = kd::kernels().mlkd_softmax;
+  parallel_for(0, p.rows, kd::rows_per_task(p.classes * p.temperatures),
+               [&](int64_t a, int64_t b) { kernel(p, a, b); });
+  return {soft, kl};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlkd_grams(
+    Tensor pd, Tensor dd, Tensor pp, std::vector<double> weights, int64_t grads,
+    std::optional<Tensor> scale, std::optional<Tensor> near_pd, std::optional<Tensor> near_dd,
+    std::optional<Tensor> chosen) {
+  kd::MlkdGrams p;
+  p.matrices = pd.size(0), p.size = pd.size(1);
+  const ScalarType dtype = pd.scalar_type();
+  p.in_double = dtype == ScalarType::Double;
+  STD_TORCH_CHECK(weights.size() == 2, "kdkernels: mlkd_grams takes two weights");
+  for (int i = 0; scale && i < 2; i++)
+    weights[i] *= p.in_double ? static_cast<const double*>(scale->const_data_ptr())[i]
+                              : static_cast<const float*>(scale->const_data_ptr())[i];
+  p.near_weight = weights[0], p.far_weight = weights[1];
+  p.pd = pd.const_data_ptr(), p.dd = dd.const_data_ptr(), p.pp = pp.const_data_ptr();
+  const std::vector<int64_t> shape{p.matrices, p.size, p.size};
+  Tensor student = nothing(dtype), teacher = nothing(dtype), near = nothing(dtype);
+  const auto coefficients = [&](bool wanted, Tensor& out, void*& to) {
+    if (!wanted) return;
+    out = contiguous({2, p.matrices, p.size, p.size}, dtype);
+    to = out.mutable_data_ptr();
+  };
+  coefficients(grads & of_student, student, p.student);
+  coefficients(grads & of_teacher, teacher, p.teacher);
+  if (chosen) {
+    p.near_pd = near_pd->const_data_ptr(), p.near_dd = near_dd->const_data_ptr();
+    p.chosen = chosen->const_data_ptr();
+    near = contiguous(shape, dtype);
+    p.near = near.mutable_data_ptr();
+  }
+  const int64_t rows = p.matrices * p.size;
+  const std::unique_ptr<double[]> row_loss(new double[rows]);
+  p.loss = row_loss.get();
+  const auto& kernel = kd::kernels().mlkd_grams;
+  parallel_for(0, rows, kd::rows_per_task(p.size),
+               [&](int64_t a, int64_t b) { kernel(p, a, b); });
+  double loss = 0;
+  for (int64_t i = 0; i < rows; i++) loss += p.loss[i];
+  if (loss < 0) loss = 0;  // of rounding: it is a sum of squares
+  return {stored(&loss, {}, dtype), student, teacher, near};
+}
+
+std::tuple<Tensor, Tensor> mlkd_gradient(Tensor logits, Tensor soft,
+                                         std::optional<Tensor> relations, Tensor kl,
+                                         Tensor row_weight, std::vector<double> temperatures,
+                                         bool of_teacher, std::optional<Tensor> mask) {
+  kd::MlkdParams p = mlkd(logits, temperatures, mask);
+  p.in_double = soft.scalar_type() == ScalarType::Double;
+  p.soft = soft.mutable_data_ptr(), p.kl = kl.mutable_data_ptr();
+  if (relations) p.relations = relations->const_data_ptr();
+  p.row_weight = row_weight.const_data_ptr();
+  p.of_teacher = of_teacher;
+  Tensor grad = gradient_for(logits, true, p.grad);
+  const bool half = p.grad.dtype == kd::DType::float16;
+  const std::unique_ptr<double[]> factors(half ? new double[p.rows] : nullptr);
+  p.row_factor = factors.get();
+  const auto& kernel = kd::kernels().mlkd_gradient;
+  parallel_for(0, p.rows, kd::rows_per_task(p.classes * p.temperatures),
+               [&](int64_t a, int64_t b) { kernel(p, a, b); });
+  const ScalarType dtype = p.in_double ? ScalarType::Double : ScalarType::Float;
+  return {grad, half ? stored(p.row_factor, {p.rows}, dtype) : nothing(dtype)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("dist", TORCH_BOX(&dist));
+  m.impl("mlkd_softmax", TORCH_BOX(&mlkd_softmax));
+  m.impl("mlkd_grams", TORCH_BOX(&mlkd_grams));
+  m.impl("mlkd_gradient", TORCH_BOX(&mlkd_gradient));
+}

@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of the batchwise family.
+
+DIST in three: rows (softmax statistics and correlations), columns (two passes over the batch, which
+the cache holds, for means and centred moments) and gradients; eager takes 80. The logits are read
+from memory three times and a gradient written once: 28 bytes an element in fp32. Compiled without
+fused multiply-add: probabilities must be rounded before their rounded mean is taken off them, or
+constant columns would not come out as 0.
+
+MLKD around its matrix products: both softmaxes of a row at every temperature, their
+difference without cancellation and the divergence; and from the relations' gradient to that of the
+logits. Per temperature 8 bytes an element written, then 12 read, twice.
+
+Shapes below: rows are (ROWS, 1), tiles (ROWS, TILE). Classes beyond the row's end are read as -inf.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdkernels.triton.layout import row_start
+from kdkernels.triton.math import expm1_minus, log1p
+from kdkernels.triton.rowwise_kernel import _centred, _change, _finite, _load, _max, _store, _sum
+
+EPS = tl.constexpr(1e-8)
+
+
+@triton.jit
+def _pearson(ss, tt, st, CLAMP: tl.constexpr):
+    """Correlation of centred sums, and its derivatives: x t - y_s s to s, likewise to t."""
+    s, t = tl.sqrt(ss), tl.sqrt(tt)
+    if CLAMP:
+        # Comparisons, which let NaN through.
+        low_s, low_t = tl.where(s < EPS, EPS, s), tl.where(t < EPS, EPS, t)
+        product = low_s * low_t
+        y_s = tl.where(s < EPS, 0.0, st / product / product * low_t / s)
+        y_t = tl.where(t < EPS, 0.0, st / product / product * low_s / t)
+    else:
+        product = s * t + EPS
+        y_s = tl.where(s == 0, 0.0, st / product / product * t / s)
+        y_t = tl.where(t == 0, 0.0, st / product / product * s / t)
+    return st / product, 1 / product, y_s, y_t
+
+
+@triton.jit
+def _half_scale(bound):
+    """A power of two that brings numbers up to ``bound`` to where fp16 holds them best."""
+    exponent = tl.floor(15.0 - tl.log2(tl.where(bound > 1e-15, bound, 1.0)))
+    return tl.exp2(tl.where(exponent < -60.0, -60.0, exponent))
+
+
+@triton.jit
+def _probabilities(
+    ptr, start, live, top, inv_sum, inv_tau,
+    ACC: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    z = _load(ptr, start, live, -float("inf"), ACC, CLASSES, TILE)
+    return tl.exp((z - top) * inv_tau) * inv_sum
+
+
+@triton.jit(
+    do_not_specialize=["rows", "s_inner", "s_outer", "s_stride", "t_inner", "t_outer", "t_stride"]
+)
+def dist_rows_kernel(
+    student, teacher,  # (..., CLASSES)
+    valid,  # (rows,) bool or None
+    count,  # () rows that take part, or None: all
+    temperatures,  # (1,) or None
+    stats,  # (9, rows): maxima, 1 / sums, means, x, y_s, y_t
+    loss,  # (rows,)
+    rows, s_inner, s_outer, s_stride, t_inner, t_outer, t_stride,
+    temperature: tl.float64, weight: tl.float64,
+    T2: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = row < rows
+    live = inside
+    if valid is not None:
+        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
+    tau = tl.full((1, 1), temperature, ACC)
+    if temperatures is not None:
+        tau = tl.zeros((1, 1), ACC) + tl.load(temperatures).to(ACC)
+    scale = tl.full((1, 1), weight, ACC)
+    if T2:
+        scale *= tau * tau
+    if count is not None:
+        scale /= tl.load(count).to(ACC)
+    inv = 1 / tau
+    s_row = student + row_start(row, s_inner, s_outer, s_stride, UNIT)
+    t_row = teacher + row_start(row, t_inner, t_outer, t_stride, UNIT)
+    top_s = tl.full((ROWS, 1), -float("inf"), ACC)
+    top_t = tl.full((ROWS, 1), -float("inf"), ACC)
+    sum_s, sum_t = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
+    for start in tl.range(0, CLASSES, TILE):
+        s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        t = _load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        new_s, new_t = tl.maximum(top_s, _max(s)), tl.maximum(top_t, _max(t))
+        sum_s *= tl.exp((top_s - _finite(new_s)) * inv)
+        sum_t *= tl.exp((top_t - _finite(new_t)) * inv)
+        top_s, top_t = new_s, new_t
+        sum_s += _sum(tl.exp((s - _finite(top_s)) * inv))
+        sum_t += _sum(tl.exp((t - _finite(top_t)) * inv))
+    top_s, top_t = _finite(top_s), _finite(top_t)
+    mean_s, mean_t = sum_s / CLASSES, sum_t / CLASSES
+    ss, tt, st = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
+    for start in tl.range(0, CLASSES, TILE):
+        within = start + tl.arange(0, TILE)[None, :] < CLASSES
+        s = _probabilities(s_row, start, live, top_s, 1.0, inv, ACC, CLASSES, TILE) - mean_s
+        t = _probabilities(t_row, start, live, top_t, 1.0, inv, ACC, CLASSES, TILE) - mean_t
+        s, t = tl.where(within, s, 0.0), tl.where(within, t, 0.0)
+        ss, tt, st = ss + _sum(s * s), tt + _sum(t * t), st + _sum(s * t)
+    inv_s, inv_t = 1 / sum_s, 1 / sum_t
+    correlation, x, y_s, y_t = _pearson(
+        ss * inv_s * inv_s, tt * inv_t * inv_t, st * inv_s * inv_t, CLAMP
+    )
+    at = stats + row
+    stride = rows.to(tl.int64)
+    tl.store(at, top_s, mask=inside)
+    tl.store(at + stride, top_t, mask=inside)
+    tl.store(at + 2 * stride, inv_s, mask=inside)
+    tl.store(at + 3 * stride, inv_t, mask=inside)
+    tl.store(at + 4 * stride, mean_s * inv_s, mask=inside)
+    tl.store(at + 5 * stride, mean_t * inv_t, mask=inside)
+    tl.store(at + 6 * stride, -scale * x, mask=inside)
+    tl.store(at + 7 * stride, -scale * y_s, mask=inside)
+    tl.store(at + 8 * stride, -scale * y_t, mask=inside)
+    tl.store(loss + row, tl.where(live, scale * (1 - correlation), 0.0), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "s_inner", "s_outer", "s_stride", "t_inner", "t_outer", "t_stride"]
+)
+def dist_columns_kernel(
+    student, teacher, valid, count, temperatures, stats,  # as above
+    pivot,  # () index of a row that takes part, or None: 0
+    columns,  # (5, CLASSES): means, x, y_s, y_t
+    loss,  # (CLASSES,)
+    rows, s_inner, s_outer, s_stride, t_inner, t_outer, t_stride,
+    temperature: tl.float64, weight: tl.float64,
+    T2: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * TILE
+    column = start + tl.arange(0, TILE)
+    within = column < CLASSES
+    tau = tl.full((1, 1), temperature, ACC)
+    if temperatures is not None:
+        tau = tl.zeros((1, 1), ACC) + tl.load(temperatures).to(ACC)
+    inv = 1 / tau
+    stride = rows.to(tl.int64)
+    number = rows.to(ACC)
+    if count is not None:
+        number = tl.load(count).to(ACC)
+    first = tl.zeros((1, 1), tl.int64)
+    if pivot is not None:
+        first += tl.load(pivot)
+    some = first < rows
+    pivot_s = _probabilities(
+        student + row_start(first, s_inner, s_outer, s_stride, UNIT), start, some,
+        tl.load(stats + first), tl.load(stats + 2 * stride + first), inv, ACC, CLASSES, TILE,
+    )  # fmt: skip
+    pivot_t = _probabilities(
+        teacher + row_start(first, t_inner, t_outer, t_stride, UNIT), start, some,
+        tl.load(stats + stride + first), tl.load(stats + 3 * stride + first), inv, ACC, CLASSES,
+        TILE,
+    )  # fmt: skip
+    mean_s, mean_t = tl.zeros((1, TILE), ACC), tl.zeros((1, TILE), ACC)
+    ss, tt, st = tl.zeros((1, TILE), ACC), tl.zeros((1, TILE), ACC), tl.zeros((1, TILE), ACC)
+    for centred in tl.static_range(2):
+        for base in tl.range(0, rows, ROWS):
+            row = (base + tl.arange(0, ROWS))[:, None]
+            live = row < rows
+            if valid is not None:
+                live = live & tl.load(valid + row, mask=live, other=0).to(tl.int1)
+            at = stats + row
+            s = _probabilities(
+                student + row_start(row, s_inner, s_outer, s_stride, UNIT), start, live,
+                tl.load(at, mask=live, other=0.0),
+                tl.load(at + 2 * stride, mask=live, other=0.0), inv, ACC, CLASSES, TILE,
+            )  # fmt: skip
+            t = _probabilities(
+                teacher + row_start(row, t_inner, t_outer, t_stride, UNIT), start, live,
+                tl.load(at + stride, mask=live, other=0.0),
+                tl.load(at + 3 * stride, mask=live, other=0.0), inv, ACC, CLASSES, TILE,
+            )  # fmt: skip
+            if centred:
+                s = tl.where(live, (s - pivot_s) - mean_s, 0.0)
+                t = tl.where(live, (t - pivot_t) - mean_t, 0.0)
+                ss += tl.sum(s * s, axis=0, keep_dims=True)
+                tt += tl.sum(t * t, axis=0, keep_dims=True)
+                st += tl.sum(s * t, axis=0, keep_dims=True)
+            else:
+                mean_s += tl.sum(tl.where(live, s - pivot_s, 0.0), axis=0, keep_dims=True)
+                mean_t += tl.sum(tl.where(live, t - pivot_t, 0.0), axis=0, keep_dims=True)
+        if not centred:
+            mean_s, mean_t = mean_s / number, mean_t / number
+    correlation, x, y_s, y_t = _pearson(ss, tt, st, CLAMP)
+    scale = tl.full((1, 1), weight, ACC)
+    if T2:
+        scale *= tau * tau
+    at, within = columns + column[None, :], within[None, :]
+    tl.store(at, pivot_s + mean_s, mask=within)
+    tl.store(at + CLASSES, pivot_t + mean_t, mask=within)
+    tl.store(at + 2 * CLASSES, -scale * x, mask=within)
+    tl.store(at + 3 * CLASSES, -scale * y_s, mask=within)
+    tl.store(at + 4 * CLASSES, -scale * y_t, mask=within)
+    tl.store(loss + column[None, :], scale * (1 - correlation), mask=within)
+
+
+@triton.jit
+def _dist_gradient(own, other, start, mean_own, mean_other, x, y, columns, OWN: tl.constexpr,
+                   CLASSES: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """d loss / d p of one side, OWN 0 for the student's and 1 for the teacher's."""
+    column = start + tl.arange(0, TILE)[None, :]
+    within = column < CLASSES
+    at = columns + column
+    centre_own = tl.load(at + OWN * CLASSES, mask=within, other=0.0)
+    centre_other = tl.load(at + (1 - OWN) * CLASSES, mask=within, other=0.0)
+    of_x = tl.load(at + 2 * CLASSES, mask=within, other=0.0)
+    of_y = tl.load(at + (3 + OWN) * CLASSES, mask=within, other=0.0)
+    g = (other - mean_other) * x - (own - mean_own) * y
+    g += (other - centre_other) * of_x - (own - centre_own) * of_y
+    return tl.where(within, g, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "s_inner", "s_outer", "s_stride", "t_inner", "t_outer", "t_stride"]
+)
+def dist_gradient_kernel(
+    student, teacher, valid, temperatures, stats, columns,  # as above
+    grad,  # (rows, CLASSES) of one side, or None
+    row_factor,  # (rows,) or None: what an fp16 gradient lacks
+    slope,  # (rows,) or None: sum dz z
+    rows, s_inner, s_outer, s_stride, t_inner, t_outer, t_stride,
+    temperature: tl.float64,
+    SIDE: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = row < rows
+    live = inside
+    if valid is not None:
+        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
+    tau = tl.full((1, 1), temperature, ACC)
+    if temperatures is not None:
+        tau = tl.zeros((1, 1), ACC) + tl.load(temperatures).to(ACC)
+    inv = 1 / tau
+    stride = rows.to(tl.int64)
+    at = stats + row
+    top_s = tl.load(at, mask=live, other=0.0)
+    top_t = tl.load(at + stride, mask=live, other=0.0)
+    inv_s = tl.load(at + 2 * stride, mask=live, other=0.0)
+    inv_t = tl.load(at + 3 * stride, mask=live, other=0.0)
+    mean_own = tl.load(at + (4 + SIDE) * stride, mask=live, other=0.0)
+    mean_other = tl.load(at + (5 - SIDE) * stride, mask=live, other=0.0)
+    x = tl.load(at + 6 * stride, mask=live, other=0.0)
+    y = tl.load(at + (7 + SIDE) * stride, mask=live, other=0.0)
+    s_row = student + row_start(row, s_inner, s_outer, s_stride, UNIT)
+    t_row = teacher + row_start(row, t_inner, t_outer, t_stride, UNIT)
+    dot, largest = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
+    for start in tl.range(0, CLASSES, TILE):
+        s = _probabilities(s_row, start, live, top_s, inv_s, inv, ACC, CLASSES, TILE)
+        t = _probabilities(t_row, start, live, top_t, inv_t, inv, ACC, CLASSES, TILE)
+        own, other = (t, s) if SIDE else (s, t)
+        g = _dist_gradient(
+            own, other, start, mean_own, mean_other, x, y, columns, SIDE, CLASSES, TILE
+        )
+        dot += _sum(own * g)
+        largest = tl.maximum(largest, _max(tl.abs(g)))
+    scale = tl.full((ROWS, 1), 1.0, ACC)
+    if HALF:
+        scale = _half_scale(2 * largest * inv)
+    slopes = tl.zeros((ROWS, 1), ACC)
+    for start in tl.range(0, CLASSES, TILE):
+        s = _probabilities(s_row, start, live, top_s, inv_s, inv, ACC, CLASSES, TILE)
+        t = _probabilities(t_row, start, live, top_t, inv_t, inv, ACC, CLASSES, TILE)
+        own, other = (t, s) if SIDE else (s, t)
+        g = _dist_gradient(
+            own, other, start, mean_own, mean_other, x, y, columns, SIDE, CLASSES, TILE
+        )
+        dz = tl.where(live, own * (g - dot) * inv, 0.0)
+        if slope is not None:
+            z = _load(t_row if SIDE else s_row, start, live, 0.0, ACC, CLASSES, TILE)
+            z = tl.where(z == -float("inf"), 0.0, z - (top_t if SIDE else top_s))
+            slopes += _sum(dz * z)
+        if grad is not None:
+            _store(grad + row.to(tl.int64) * CLASSES, start, dz * scale, inside, CLASSES, TILE)
+    if row_factor is not None:
+        tl.store(row_factor + row, tl.where(live, 1 / scale, 0.0), mask=inside)
+    if slope is not None:
+        tl.store(slope + row, slopes, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "s_inner", "s_outer", "s_stride", "t_inner", "t_outer", "t_stride"]
+)
+def mlkd_softmax_kernel(
+    student, teacher, valid,  # as above
+    soft,  # (2, rows, CLASSES) of one temperature: p_s, p_s - p_t
+    kl,  # (rows,): sum of T^2 KL(p_t || p_s), begun or added to
+    rows, s_inner, s_outer, s_stride, t_inner, t_outer, t_stride,
+    temperature: tl.float64,
+    BEGIN: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr, UNIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = row < rows
+    live = inside
+    if valid is not None:
+        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
+    tau = tl.full((1, 1), temperature, ACC)
+    inv = 1 / tau
+    s_row = student + row_start(row, s_inner, s_outer, s_stride, UNIT)
+    t_row = teacher + row_start(row, t_inner, t_outer, t_stride, UNIT)
+    top_s = tl.full((ROWS, 1), -float("inf"), ACC)
+    top_t = tl.full((ROWS, 1), -float("inf"), ACC)
+    for start in tl.range(0, CLASSES, TILE):
+        top_s = tl.maximum(
+            top_s, _max(_load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE))
+        )
+        top_t = tl.maximum(
+            top_t, _max(_load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE))
+        )
+    top_s, top_t = _finite(top_s), _finite(top_t)
+    sum_s, sum_t = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
+    excess = tl.zeros((ROWS, 1), ACC)
+    for start in tl.range(0, CLASSES, TILE):
+        s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        t = _load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        us, ut, d = _centred(s, t, top_s, top_t, inv, inv, True)
+        exp_s, exp_t = tl.exp(us), tl.exp(ut)
+        sum_s, sum_t = sum_s + _sum(exp_s), sum_t + _sum(exp_t)
+        excess += _sum(_change(exp_s, exp_t, d))
+    ratio = excess / sum_s
+    close = tl.abs(ratio) < 0.5
+    delta = tl.where(close, log1p(tl.where(close, ratio, 0.0)), tl.log(sum_t / sum_s))
+    inv_s, inv_t = 1 / sum_s, 1 / tl.where(close, sum_s + excess, sum_t)
+    total = tl.zeros((ROWS, 1), ACC)
+    to_p = soft + row.to(tl.int64) * CLASSES
+    to_d = to_p + rows.to(tl.int64) * CLASSES
+    for start in tl.range(0, CLASSES, TILE):
+        s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        t = _load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        us, ut, d = _centred(s, t, top_s, top_t, inv, inv, True)
+        off = (s == -float("inf")) & (t == -float("inf"))
+        d = tl.where(off, 0.0, d - delta)
+        p, q = tl.exp(us) * inv_s, tl.exp(ut) * inv_t
+        near = tl.abs(d) < 0.5
+        small = tl.where(near, d, 0.0)
+        bend = expm1_minus(small)
+        gap = tl.where(near, p * (small + bend), q - p)
+        value = tl.where(
+            near, p * ((small + bend) * small - bend), tl.where(q == 0, 0.0, q * d) - gap
+        )
+        total += _sum(value)
+        _store(to_p, start, tl.where(live, p, 0.0), inside, CLASSES, TILE)
+        _store(to_d, start, tl.where(live, -gap, 0.0), inside, CLASSES, TILE)
+    total = tl.where(total < 0, 0.0, total) * tau * tau
+    if not BEGIN:
+        total += tl.load(kl + row, mask=inside, other=0.0)
+    tl.store(kl + row, tl.where(live, total, 0.0), mask=inside)
+
+
+@triton.jit
+def _row_weight(row_weight, kl, row, live, OF_TEACHER: tl.constexpr):
+    """Of a row's divergence, which leaves the teacher no gradient where it is infinite."""
+    weight = tl.load(row_weight + row, mask=live, other=0.0)
+    if OF_TEACHER:
+        finite = tl.load(kl + row, mask=live, other=0.0) < float("inf")
+        weight = tl.where(finite, weight, 0.0)
+    return weight
+
+
+@triton.jit
+def _mlkd_terms(
+    soft, relations, row, start, live, size, weight, J: tl.constexpr, OF_TEACHER: tl.constexpr,
+    ACC: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """This side's p, d loss / d p up to what is the same for all classes, and p_s - p_t."""
+    at = row.to(tl.int64) * CLASSES
+    p = _load(soft + 2 * J * size + at, start, live, 0.0, ACC, CLASSES, TILE)
+    d = _load(soft + (2 * J + 1) * size + at, start, live, 0.0, ACC, CLASSES, TILE)
+    g = tl.zeros_like(p)
+    if relations is not None:
+        g = _load(relations + J * size + at, start, live, 0.0, ACC, CLASSES, TILE)
+    if OF_TEACHER:
+        q = p - d
+        least: tl.constexpr = 1e-300 if ACC == tl.float64 else 1e-37
+        log_ratio = log1p(-d / tl.where(p < least, least, p))
+        g += tl.where(q > 0, log_ratio * weight, 0.0)
+        p = q
+    return p, g, d
+
+
+@triton.jit(do_not_specialize=["rows"])
+def mlkd_dots_kernel(
+    soft,  # (T, 2, rows, CLASSES)
+    relations,  # (T, rows, CLASSES) or None
+    kl, row_weight,  # (rows,)
+    valid,
+    dots,  # (T, rows): sum p g
+    row_factor,  # (rows,) or None: what an fp16 gradient lacks
+    rows,
+    TEMPERATURES: tl.constexpr, OF_TEACHER: tl.constexpr, ACC: tl.constexpr,
+    CLASSES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = row < rows
+    live = inside
+    if valid is not None:
+        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
+    size = rows.to(tl.int64) * CLASSES
+    weight = _row_weight(row_weight, kl, row, live, OF_TEACHER)
+    bound = tl.zeros((ROWS, 1), ACC)
+    for j in tl.static_range(len(TEMPERATURES)):
+        dot, largest = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
+        for start in tl.range(0, CLASSES, TILE):
+            p, g, _ = _mlkd_terms(
+                soft, relations, row, start, live, size,
+                weight * (TEMPERATURES[j] * TEMPERATURES[j]), j, OF_TEACHER, ACC, CLASSES, TILE,
+            )  # fmt: skip
+            dot += _sum(p * g)
+            largest = tl.maximum(largest, _max(tl.abs(g)))
+        tl.store(dots + j * rows.to(tl.int64) + row, dot, mask=inside)
+        bound += 2 * largest / TEMPERATURES[j] + tl.abs(weight) * TEMPERATURES[j]
+    if row_factor is not None:
+        tl.store(row_factor + row, tl.where(live, 1 / _half_scale(bound), 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def mlkd_gradient_kernel(
+    soft, relations, kl, row_weight, valid, dots, row_factor,  # as above
+    grad,  # (rows, CLASSES)
+    rows,
+    TEMPERATURES: tl.constexpr, OF_TEACHER: tl.constexpr, ACC: tl.constexpr,
+    CLASSES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = row < rows
+    live = inside
+    if valid is not None:
+        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
+    size = rows.to(tl.int64) * CLASSES
+    weight = _row_weight(row_weight, kl, row, live, OF_TEACHER)
+    scale = tl.full((ROWS, 1), 1.0, ACC)
+    if row_factor is not None:
+        scale /= tl.load(row_factor + row, mask=live, other=1.0)
+    for start in tl.range(0, CLASSES, TILE):
+        dz = tl.zeros((ROWS, TILE), ACC)
+        for j in tl.static_range(len(TEMPERATURES)):
+            dot = tl.load(dots + j * rows.to(tl.int64) + row, mask=live, other=0.0)
+            p, g, d = _mlkd_terms(
+                soft, relations, row, start, live, size,
+                weight * (TEMPERATURES[j] * TEMPERATURES[j]), j, OF_TEACHER, ACC, CLASSES, TILE,
+            )  # fmt: skip
+            dz += p * (g - dot) * (1 / TEMPERATURES[j])
+            if not OF_TEACHER:
+                dz += d * (weight * TEMPERATURES[j])
+        dz = tl.where(live, dz * scale, 0.0)
+        _store(grad + row.to(tl.int64) * CLASSES, start, dz, inside, CLASSES, TILE)
