@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as ``torch.nn`` modules, one file per family."""
 
+from kdkernels.modules.attention import LearningSimplifier, StudentFriendlyKDLoss
 from kdkernels.modules.ensemble import MultiTeacherKLDivLoss
 from kdkernels.modules.listwise import PLDLoss
 from kdkernels.modules.rowwise import (
@@ -23,11 +24,13 @@ __all__ = [
     "DivergenceLoss",
     "JSDivLoss",
     "KDLoss",
+    "LearningSimplifier",
     "MultiTeacherKLDivLoss",
     "NKDLoss",
     "PLDLoss",
     "ReverseKLDivLoss",
     "SoftKLDivLoss",
+    "StudentFriendlyKDLoss",
     "TVDistanceLoss",
     "TopKDivergenceLoss",
     "WSLDLoss",

@@ -4,9 +4,10 @@
 Differentiable to any order, and under ``torch.func``. One module per family.
 """
 
+from kdkernels.reference.attention import learning_simplifier
 from kdkernels.reference.ensemble import ensemble
 from kdkernels.reference.listwise import pld
 from kdkernels.reference.rowwise import rowwise
 from kdkernels.reference.sparse import sparse
 
-__all__ = ["ensemble", "pld", "rowwise", "sparse"]
+__all__ = ["ensemble", "learning_simplifier", "pld", "rowwise", "sparse"]

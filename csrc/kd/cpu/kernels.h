@@ -2,6 +2,7 @@
 // The CPU kernels, at the ISA level chosen for this machine. Each takes a range of rows, so that
 // whoever calls it can split the work; the results do not depend on the split.
 #pragma once
+#include "../attention.h"
 #include "../ensemble.h"
 #include "../rowwise.h"
 #include "../sparse.h"
@@ -12,7 +13,8 @@ namespace kd {
   X(ensemble, (const EnsembleParams&, int64_t begin, int64_t end))                       \
   X(rowwise, (const RowwiseParams&, int64_t begin, int64_t end))                         \
   X(sparse, (const TopKParams&, int64_t begin, int64_t end))                             \
-  X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))
+  X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))          \
+  X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))
 
 struct Kernels {
   const char* isa;  // "baseline", "avx2" or "avx512"
