@@ -36,11 +36,11 @@ def learning_simplifier(
     attends to what, the sizes, the residual, the scaling and the initialisation are this
     package's; no number of the paper is claimed for them.
 
-    With ``s = teacher_logits / temperature``, tokens ``x``, and per head ``q = x Wq``, ``k = x Wk``,
-    ``v = x Wv`` of ``d`` columns, the result is ``temperature * (s + softmax(q k^T / sqrt(d)) v Wo)``,
-    heads being concatenated: logits at the teacher's own scale, so that softmax(result / T) is the
-    new target and any loss of the package takes it as its teacher. Where ``output_weight`` is
-    zero the result is exactly ``teacher_logits``.
+    With ``s = teacher_logits / temperature``, tokens ``x``, and per head ``q = x Wq``,
+    ``k = x Wk``, ``v = x Wv`` of ``d`` columns, the result is
+    ``temperature * (s + softmax(q k^T / sqrt(d)) v Wo)``, heads being concatenated: logits at the
+    teacher's own scale, so that softmax(result / T) is the new target and any loss of the package
+    takes it as its teacher. Where ``output_weight`` is zero it is exactly ``teacher_logits``.
 
     tokens:
         ``"class"``: in each row the K classes attend to each other. A class's token is its
@@ -122,11 +122,9 @@ def _coefficients(
         (tokens @ weight).unflatten(-1, (num_heads, -1)).transpose(0, 1)
         for weight in (query_weight, key_weight)
     )
-    value = (value_weight.unflatten(-1, (num_heads, -1)) * output_weight.view(num_heads, -1)).sum(
-        -1
-    )
+    value = value_weight.unflatten(-1, (num_heads, -1)) * output_weight.reshape(num_heads, -1)
     scores = (query / query.shape[-1] ** 0.5) @ key.transpose(-2, -1)
-    return scores, value.t() @ tokens.t()
+    return scores, value.sum(-1).t() @ tokens.t()
 
 
 def _gather(name: str, group: dist.ProcessGroup | None):

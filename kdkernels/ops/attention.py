@@ -73,7 +73,7 @@ def _register_triton() -> bool:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, teacher, scores, values, temperatures, call):
-        name, operators, temperature, residual = call
+        _, operators, temperature, residual = call
         out, stats = operators[0](
             teacher, scores, values, temperature, temperatures, residual, True
         )
