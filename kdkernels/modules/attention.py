@@ -101,8 +101,9 @@ class StudentFriendlyKDLoss(nn.Module):
 
     The simplifier is a submodule (``.simplifier``) and learns from the same loss as the student:
     give its parameters to the optimiser too, without weight decay, and discard it after training.
-    The cross-entropy is what keeps student and target from agreeing on something trivial;
-    watch the target's entropy and how often its argmax is the teacher's.
+    The cross-entropy is what keeps student and target from agreeing on something trivial, and L is
+    16 times as steep at the default temperature, so its weight is 1 here and not 0.1: watch the
+    target's entropy, and how often its argmax is the teacher's.
 
     Args:
         num_classes, dim, temperature, tokens, num_heads, residual, group, backend: of
@@ -121,8 +122,8 @@ class StudentFriendlyKDLoss(nn.Module):
         *,
         temperature: float | Tensor = 4.0,
         loss: Callable[..., Tensor] | None = None,
-        ce_weight: float = 0.1,
-        kd_weight: float = 0.9,
+        ce_weight: float = 1.0,
+        kd_weight: float = 1.0,
         detach_student: bool = False,
         tokens: str = "class",
         num_heads: int = 1,
