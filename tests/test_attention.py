@@ -398,6 +398,13 @@ class TestModules:
         value.backward()
         assert all(p.grad.any() for p in [student, *loss.parameters()])
 
+    def test_around_a_loss_with_labels(self):
+        dkd = kdkernels.DKDLoss(temperature=4.0)
+        loss = kdkernels.StudentFriendlyKDLoss(10, 8, loss=dkd, ce_weight=0.0)
+        student, teacher = torch.randn(2, 4, 10)
+        labels = torch.randint(10, (4,))
+        torch.testing.assert_close(loss(student, teacher, labels), dkd(student, teacher, labels))
+
     @pytest.mark.parametrize("inner", [kdkernels.ReverseKLDivLoss(), torch.nn.MSELoss()], ids=str)
     def test_around_another_loss(self, inner):
         loss = kdkernels.StudentFriendlyKDLoss(10, 8, loss=lambda s, t, *_: inner(s, t))
