@@ -19,6 +19,7 @@ __all__ = [
     "choice",
     "class_range",
     "flag",
+    "floats",
     "inplace",
     "integer",
     "labels",
@@ -55,20 +56,24 @@ def _same_device(name: str, argument: str, value: torch.Tensor, student: torch.T
         )
 
 
+def floats(name: str, argument: str, value) -> None:
+    """A dense floating-point tensor."""
+    _tensor(name, argument, value)
+    if value.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name}: {argument} must be float64, float32, bfloat16 or float16, got {value.dtype}."
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: {argument} must be a dense tensor, got {value.layout}.")
+
+
 def logits(name: str, student, teacher, width: int | None = None) -> None:
     """Both are floating-point tensors of one shape (..., C), C >= 1, on one device.
 
     With ``width`` the teacher may have that many classes instead.
     """
     for argument, value in (("student", student), ("teacher", teacher)):
-        _tensor(name, argument, value)
-        if value.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name}: {argument} must be float64, float32, bfloat16 or float16, "
-                f"got {value.dtype}."
-            )
-        if value.layout != torch.strided:
-            raise TypeError(f"{name}: {argument} must be a dense tensor, got {value.layout}.")
+        floats(name, argument, value)
     if student.shape != teacher.shape and (
         width is None or teacher.shape != (*student.shape[:-1], width)
     ):

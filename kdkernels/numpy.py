@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rowwise losses and their gradients on NumPy arrays: the CPU kernels without torch.
+"""Losses and their gradients on NumPy arrays: the CPU kernels without torch.
 
 Bit for bit what the ``cpu`` backend computes on the same values, except where torch rounds once
 more: the gradients to scalar temperatures and to fp16 logits. Arrays are float64, float32 or
@@ -92,6 +92,71 @@ def kd_loss(
         mask, ignore_index, row_weight, threads, "forward_kl", 0.0, 0.0, alpha, 1.0 - alpha,
         smoothing,
     )  # fmt: skip
+
+
+class AttentionGradients(NamedTuple):
+    """Each of its argument's shape and dtype, but the temperature's, which is float64."""
+
+    teacher: np.ndarray
+    temperature: np.ndarray
+    scores: np.ndarray
+    values: np.ndarray
+
+
+def class_attention(
+    teacher: np.ndarray,
+    scores: np.ndarray,
+    values: np.ndarray,
+    upstream: np.ndarray | None = None,
+    *,
+    temperature: float | np.ndarray = 1.0,
+    residual: bool = True,
+    threads: int = 1,
+) -> tuple[np.ndarray, AttentionGradients | None]:
+    """What ``kdkernels.functional.learning_simplifier`` makes of class tokens, and its gradients.
+
+    ``teacher`` is ``(..., K)``. Instead of weights it takes what they come to per head:
+    with ``s = teacher / temperature``, the score of classes i and j is ``scores[i, j]
+    + scores[K, j] s_i + scores[i, K] s_j + scores[K, K] s_i s_j`` and the value of j is
+    ``values[j] + values[K] s_j``; ``scores`` is ``(H, K + 1, K + 1)`` and ``values``
+    ``(H, K + 1)``. The result has the dtype of ``scores``, float64 or float32, as ``values`` and
+    ``upstream``, the gradient of the result, without which there are no gradients.
+    """
+    name = "class_attention"
+    if _native is None:
+        raise RuntimeError(f"{name}: the compiled kernels are not available ({_reason}).")
+    rows, classes = teacher.shape[:-1], teacher.shape[-1]
+    dtype, n = scores.dtype, int(np.prod(rows))
+    for argument, value, shape in (
+        ("scores", scores, (len(scores), classes + 1, classes + 1)),
+        ("values", values, (len(scores), classes + 1)),
+        ("upstream", upstream, teacher.shape),
+    ):
+        if value is not None and (value.shape != shape or value.dtype not in _FLOATS[:2]):
+            raise ValueError(
+                f"{name}: {argument} must be float64 or float32 of shape {shape}, "
+                f"got {value.dtype} of shape {value.shape}."
+            )
+    if classes == 0 or teacher.dtype not in _FLOATS or not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"{name}: teacher must have classes, and threads be positive.")
+    scores, values = (np.ascontiguousarray(x, dtype) for x in (scores, values))
+    out, stats = np.empty((n, classes), dtype), np.empty((4, len(scores), n, classes), dtype)
+    taus = _temperature(name, "temperature", temperature, rows)
+    call = (_matrix(teacher), scores, values, taus, residual, out, stats)
+    if upstream is None:
+        _native.attention(*call, *[None] * 5, threads)
+        return out.reshape(teacher.shape), None
+    upstream = np.ascontiguousarray(upstream, dtype).reshape(n, classes)
+    gradients = AttentionGradients(
+        np.empty((n, classes), teacher.dtype), np.empty(n), np.empty_like(scores),
+        np.empty_like(values),
+    )  # fmt: skip
+    _native.attention(*call, upstream, *gradients, threads)
+    to_rows = gradients.temperature if np.size(temperature) > 1 else gradients.temperature.sum()
+    return out.reshape(teacher.shape), gradients._replace(
+        teacher=gradients.teacher.reshape(teacher.shape),
+        temperature=np.reshape(to_rows, np.shape(temperature)),
+    )
 
 
 def _per_row(name: str, argument: str, value, rows: tuple[int, ...], kinds: str) -> np.ndarray:

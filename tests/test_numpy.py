@@ -369,3 +369,43 @@ def test_any_loss_of_anything(pair, call, data):
     assert not (value < 0).any()
     terms = 16 * (1 + value)  # these sum to zero by a subtraction of their mean
     assert sums_to_zero(gradients.student, terms) and sums_to_zero(gradients.teacher, terms)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(st.integers(0, 5), st.integers(1, 40), st.integers(1, 3)),
+    st.sampled_from([np.float64, np.float32]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([1, 4]),
+    st.integers(0, 2**16),
+)
+def test_class_attention(sizes, dtype, gone, threads, seed):
+    """Against the formula, for any number of classes, some of which take no part."""
+    rows, classes, heads = sizes
+    random = np.random.default_rng(seed)
+    teacher = random.normal(size=(rows, 2 * classes))[:, ::2].astype(dtype)
+    off = random.random(teacher.shape) < gone
+    teacher[off] = -INF
+    scores = random.normal(size=(heads, classes + 1, classes + 1)).astype(dtype)
+    values = random.normal(size=(heads, classes + 1)).astype(dtype)
+    upstream = random.normal(size=teacher.shape).astype(dtype)
+    out, gradients = kdnp.class_attention(
+        teacher, scores, values, upstream, temperature=2.0, threads=threads
+    )
+    alone, _ = kdnp.class_attention(teacher, scores, values, temperature=2.0)
+    assert np.array_equal(out, alone)
+    assert np.array_equal(out == -INF, off)
+    assert all(np.isfinite(x).all() for x in gradients)
+    assert not gradients.teacher[off].any()
+    for z, on, result in zip(teacher.astype(float), ~off, out, strict=True):
+        if not on.any():
+            continue
+        token = np.append(np.eye(classes), z[:, None] / 2, 1)[on]
+        wanted = z[on].copy()
+        for score, value in zip(scores.astype(float), values.astype(float), strict=True):
+            e = token @ score @ token.T
+            p = np.exp(e - e.max(-1, keepdims=True))
+            wanted += 2 * (p / p.sum(-1, keepdims=True)) @ token @ value
+        assert np.allclose(
+            result[on], wanted, rtol=1e-4, atol=1e-4 if dtype == np.float32 else 1e-9
+        )

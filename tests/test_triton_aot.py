@@ -263,3 +263,24 @@ def test_batchwise(target, dtype, classes, tmp_path):
         )
     for kernel, launch in launches:
         assert_in_registers(compiled(kernel, launch, target), target, tmp_path)
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention(target, dtype, classes, tmp_path):
+    from kdkernels.triton import attention, attention_kernel
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    teacher, rows = torch.empty(64, classes, dtype=dtype), torch.empty(64, dtype=wide)
+    scores = torch.empty(2, classes + 1, classes + 1, dtype=wide)
+    given = (teacher, scores, torch.empty(2, classes + 1, dtype=wide))
+    stats = torch.empty(4, 2, 64, classes, dtype=wide)
+    saved = (torch.empty(64, classes, dtype=wide), *given, stats, 4.0, rows)
+    launches = (
+        (attention_kernel.forward_kernel, attention.forward_launch(*given, 4.0, rows, True, True)),
+        (attention_kernel.coefficients_kernel, attention.coefficients_launch(*saved)),
+        (attention_kernel.teacher_kernel, attention.teacher_launch(*saved)),
+    )
+    for kernel, (arguments, _) in launches:
+        assert_in_registers(compiled(kernel, arguments, target), target, tmp_path)

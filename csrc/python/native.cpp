@@ -3,6 +3,7 @@
 #include "arrays.h"
 
 namespace kd::python {
+void bind_attention(py::module_& m);
 void bind_rowwise(py::module_& m);
 }
 
@@ -11,5 +12,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return kd::kernels().isa; }, "The ISA level in use.");
   m.attr("kinds") = static_cast<int>(kd::Kind::count);
   m.attr("half_boost") = kd::half_boost;
+  kd::python::bind_attention(m);
   kd::python::bind_rowwise(m);
 }

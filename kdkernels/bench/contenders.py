@@ -32,6 +32,8 @@ def contenders(
         "eager": lambda inputs: loss.eager(**inputs, **loss.hyper),
         "compile": lambda inputs: compiled(**inputs, **loss.hyper),
     }
+    for name, function in loss.others.items():
+        calls[name] = lambda inputs, function=function: function(**inputs, **loss.hyper)
     skipped = {}
     for backend in wanted or backends.AUTO_ORDER[device_type]:
         ok, reason = backends.verdict(loss.family, backend, device_type)

@@ -45,7 +45,8 @@ def make_inputs(loss: Loss, shape, dtype: torch.dtype, device: str, seed: int = 
     if rows < shape[0]:
         index = torch.arange(shape[0], device=device) % rows
         inputs = {name: x.index_select(0, index) for name, x in inputs.items()}
-    inputs["student"].requires_grad_()
+    for name in ("student", *loss.learned):
+        inputs[name].requires_grad_()
     return inputs
 
 
@@ -54,7 +55,8 @@ def make_step(call: Call, inputs: Mapping[str, Tensor], upstream: float) -> Func
     gradient = None if upstream == 1 else torch.full_like(call(inputs).detach(), upstream)
 
     def step():
-        inputs["student"].grad = None
+        for x in inputs.values():
+            x.grad = None
         call(inputs).backward(gradient)
 
     return step
@@ -245,7 +247,7 @@ def resident_bytes(function: Function) -> int | None:
 
 def oracle(loss: Loss, shape, dtype, device: str) -> tuple[dict, Tensor, Tensor]:
     """Inputs, and their loss and gradient by the reference in fp64."""
-    rows = max(RANDOM_ELEMENTS // math.prod(shape[1:]), 1)
+    rows = max(RANDOM_ELEMENTS // math.prod(shape[1:]) // (shape[-1] ** loss.pairwise), 1)
     inputs = make_inputs(loss, (min(shape[0], rows), *shape[1:]), dtype, device)
     exact = leaves(inputs, torch.float64)
     value = loss(exact, backend="reference")

@@ -159,7 +159,8 @@ def _memory(loss: Loss, name: str, call: Call, inputs, upstream: float, device: 
 def compare(row: dict) -> None:
     """Add to every contender its speed against the better baseline, the bus and a copy."""
     by_name = row["contenders"]
-    baselines = [by_name[name]["seconds"] for name in BASELINES if name in by_name]
+    names = (*BASELINES, *LOSSES[row["loss"]].others)
+    baselines = [by_name[name]["seconds"] for name in names if name in by_name]
     for name, values in by_name.items():
         if baselines and name != "copy":
             values["speedup"] = min(baselines) / values["seconds"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as functions, one module per family."""
 
+from kdkernels.functional.attention import learning_simplifier
 from kdkernels.functional.batchwise import dist_loss, mlkd_loss
 from kdkernels.functional.ensemble import multi_teacher_kl_div
 from kdkernels.functional.listwise import pld_loss
@@ -26,6 +27,7 @@ __all__ = [
     "js_div",
     "kd_loss",
     "kl_div",
+    "learning_simplifier",
     "mlkd_loss",
     "multi_teacher_kl_div",
     "nkd_loss",

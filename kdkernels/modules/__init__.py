@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as ``torch.nn`` modules, one file per family."""
 
+from kdkernels.modules.attention import LearningSimplifier, StudentFriendlyKDLoss
 from kdkernels.modules.batchwise import DISTLoss, MLKDLoss
 from kdkernels.modules.ensemble import MultiTeacherKLDivLoss
 from kdkernels.modules.listwise import PLDLoss
@@ -25,12 +26,14 @@ __all__ = [
     "DivergenceLoss",
     "JSDivLoss",
     "KDLoss",
+    "LearningSimplifier",
     "MLKDLoss",
     "MultiTeacherKLDivLoss",
     "NKDLoss",
     "PLDLoss",
     "ReverseKLDivLoss",
     "SoftKLDivLoss",
+    "StudentFriendlyKDLoss",
     "TVDistanceLoss",
     "TopKDivergenceLoss",
     "WSLDLoss",

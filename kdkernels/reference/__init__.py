@@ -4,10 +4,11 @@
 Differentiable to any order, and under ``torch.func``. One module per family.
 """
 
+from kdkernels.reference.attention import learning_simplifier
 from kdkernels.reference.batchwise import dist, mlkd
 from kdkernels.reference.ensemble import ensemble
 from kdkernels.reference.listwise import pld
 from kdkernels.reference.rowwise import rowwise
 from kdkernels.reference.sparse import sparse
 
-__all__ = ["dist", "ensemble", "mlkd", "pld", "rowwise", "sparse"]
+__all__ = ["dist", "ensemble", "learning_simplifier", "mlkd", "pld", "rowwise", "sparse"]

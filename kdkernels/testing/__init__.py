@@ -12,7 +12,7 @@ and below a cap; both by the largest deviation and by relative L2.
 
 from __future__ import annotations
 
-from kdkernels.testing import batchwise, ensemble, listwise, rowwise, sparse
+from kdkernels.testing import attention, batchwise, ensemble, listwise, rowwise, sparse
 from kdkernels.testing.loss import (
     CAP,
     FLOOR,
@@ -38,6 +38,7 @@ __all__ = [
 
 _FAMILIES = (
     rowwise,
+    attention,
     ensemble,
     listwise,
     sparse,

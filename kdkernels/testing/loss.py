@@ -42,6 +42,12 @@ class Loss:
     stops: bool = False
     # With fewer classes it is constant, and what is left is rounding.
     fewest_classes: int = 1
+    # What benchmarks differentiate to beside the student, as training does.
+    learned: tuple[str, ...] = ()
+    # Further formulations in plain torch, each a baseline of the benchmarks.
+    others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    # Plain torch holds C numbers for every logit.
+    pairwise: bool = False
 
     def inputs(
         self,

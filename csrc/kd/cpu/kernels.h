@@ -3,6 +3,7 @@
 // whoever calls it can split the work; the results do not depend on the split.
 #pragma once
 #include "../batchwise.h"
+#include "../attention.h"
 #include "../ensemble.h"
 #include "../rowwise.h"
 #include "../sparse.h"
@@ -19,7 +20,8 @@ namespace kd {
   X(mlkd_softmax, (const MlkdParams&, int64_t begin, int64_t end))                       \
   X(mlkd_grams, (const MlkdGrams&, int64_t begin, int64_t end))                          \
   X(mlkd_gradient, (const MlkdParams&, int64_t begin, int64_t end))                      \
-  X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))
+  X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))          \
+  X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))
 
 struct Kernels {
   const char* isa;  // "baseline", "avx2" or "avx512"

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention family in Triton's interpreter, as tests/test_triton_interpreter.py has it."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from kdkernels import ops
+from kdkernels.functional import learning_simplifier
+from kdkernels.ops.attention import GRAD_COEFFICIENTS, GRAD_TEACHER, GRAD_TEMPERATURE
+
+INTERPRETED = ops.triton_interpreted()
+
+if not INTERPRETED:
+
+    def test_in_a_process_with_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+
+
+def error(ours, oracle):
+    return ((ours.double() - oracle).norm() / oracle.norm().clamp(min=1e-30)).item()
+
+
+class TestInterpreted:
+    __test__ = INTERPRETED
+
+    @pytest.fixture(params=["one tile", "several"])
+    def tiles(self, request, monkeypatch):
+        from kdkernels.triton import attention
+
+        if request.param == "several":
+            small = attention.Tile(8, 8, 2)
+            for name in ("FORWARD", "COEFFICIENTS", "TEACHER"):
+                monkeypatch.setattr(attention, name, small)
+            monkeypatch.setattr(attention, "PROGRAMS", 32)  # few shares of several samples
+        return request.param
+
+    @pytest.mark.parametrize(
+        ("dtype", "temperature", "residual"),
+        [
+            (torch.float64, "each", True),
+            (torch.float32, "one", False),
+            (torch.bfloat16, "number", True),
+        ],
+        ids=str,
+    )
+    def test_values_and_gradients(self, dtype, temperature, residual, tiles):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size):
+            return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+        given = {
+            "teacher_logits": 3 * normal(5, 11),
+            "class_embedding": normal(11, 4),
+            "query_weight": normal(5, 4) / 2,
+            "key_weight": normal(5, 4) / 2,
+            "value_weight": normal(5, 4),
+            "output_weight": normal(4, 1),
+        }
+        given["teacher_logits"][0, 3] = -math.inf
+        given["teacher_logits"][1, :-1] = -math.inf
+        given["teacher_logits"][2] = -math.inf
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        if temperature != "number":
+            size = 5 if temperature == "each" else 1
+            given["temperature"] = torch.rand(size, generator=generator, dtype=wide) + 1
+
+        def run(backend, cast):
+            leaves = {n: x.to(cast or x.dtype).requires_grad_() for n, x in given.items()}
+            out = learning_simplifier(**leaves, num_heads=2, residual=residual, backend=backend)
+            out = out.masked_fill(out == -math.inf, 7.0)
+            weight = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
+            return [out, *torch.autograd.grad((out * weight).sum(), list(leaves.values()))]
+
+        limit = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
+        for ours, oracle in zip(run("triton", None), run("reference", torch.float64), strict=True):
+            assert error(ours, oracle) <= limit[ours.dtype]
+
+    def test_layouts(self):
+        weights = torch.randn(2, 6, 6), torch.randn(2, 6)
+        forward = torch.ops.kdkernels.attention
+        learning_simplifier(  # registers the operators
+            torch.randn(1, 2), query_weight=torch.ones(2, 1), key_weight=torch.ones(2, 1),
+            value_weight=torch.ones(2, 1), class_embedding=torch.ones(2, 1),
+            output_weight=torch.ones(1, 1), backend="triton",
+        )  # fmt: skip
+        base = torch.randn(4, 3, 11)
+        for teacher in (base[..., 1:6], base[..., ::2][..., 1:], base.transpose(0, 1)[..., 2:7]):
+            args = (*weights, 2.0, None, True, True)
+            ours = torch.ops.kdkernels.attention_triton(teacher, *args)[0]
+            torch.testing.assert_close(ours, forward(teacher, *args)[0])
+
+    def test_registered(self):
+        teacher, upstream = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+        scores, values = torch.randn(2, 6, 6), torch.randn(2, 6)
+        from kdkernels.triton import attention  # noqa: F401  (registers the operators)
+
+        registered, rest = torch.ops.kdkernels, (2.0, torch.rand(6) + 1, True)
+        forward, backward = registered.attention_triton, registered.attention_backward_triton
+        torch.library.opcheck(forward.default, (teacher, scores, values, *rest, True))
+        stats = forward(teacher, scores, values, *rest, True)[1]
+        for grads in (0, GRAD_TEACHER | GRAD_TEMPERATURE | GRAD_COEFFICIENTS):
+            arguments = (upstream, teacher, scores, values, stats, *rest, grads)
+            torch.library.opcheck(backward.default, arguments)
