@@ -18,7 +18,14 @@ from kdkernels.bench import Case, Settings, report, run
 from kdkernels.testing import LOSSES
 
 MAIN = ("kl_div", "kd_loss")
-OTHERS = tuple(name for name in LOSSES if name not in MAIN)
+# Those with a kernel of their own, at the sizes of both image benchmarks.
+IMAGE = (
+    "kl_div_standardized", "dkd_loss", "nkd_loss", "ats_loss", "wsld_loss", "dist_loss",
+    "mlkd_loss", "mlkd_published", "multi_teacher_kl_div", "multi_teacher_mixture",
+    "learning_simplifier", "learning_simplifier_batch",
+)  # fmt: skip
+TOP_K = tuple(name for name in LOSSES if name.startswith("topk_"))
+OTHERS = tuple(name for name in LOSSES if name not in (*MAIN, *IMAGE, *TOP_K, "pld_loss"))
 # Host cost, images, language models; what a CPU has in its caches, and what it has not.
 CPU_SHAPES = ("host_8x10", "cifar100_b64", "imagenet_b256", "llama2_vocab", "llama3_vocab")
 # The image shapes, then tokens x vocabulary of Llama 2, Llama 3, Qwen and Gemma.
@@ -33,14 +40,17 @@ def cases(device_type: str) -> list[Case]:
         return [
             *(Case(name, shape, dtype) for shape in GPU_SHAPES[:3] for dtype in ("bf16", "fp32")
               for name in MAIN),
+            *(Case(name, shape) for shape in GPU_SHAPES[1:3] for name in IMAGE),
             *(Case(name, "4096x32000", "bf16") for name in ("reverse_kl_div", "js_div",
-                                                             "tv_distance")),
+                                                             "tv_distance", *TOP_K)),
             *(Case(name, shape, dtype) for dtype in ("bf16", "fp32") for shape in GPU_SHAPES[3:]
               for name in MAIN),
         ]  # fmt: skip
     return [
         *(Case(name, shape) for name in MAIN for shape in CPU_SHAPES),
         *(Case(name, "llama2_vocab", "bf16") for name in MAIN),
+        *(Case(name, shape) for name in IMAGE for shape in ("cifar100_b64", "imagenet_b256")),
+        *(Case(name, "llama2_vocab") for name in TOP_K),
         *(Case(name, "imagenet_b256") for name in OTHERS),
     ]
 

@@ -9,7 +9,10 @@ here                                replaces
 ``kl_div_from_logits``              ``F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1))``
 ``KLDivFromLogits``                 ``torch.nn.KLDivLoss`` fed likewise
 ``DistillKL``                       RepDistiller's ``distiller_zoo.KD.DistillKL``
-``kd_loss``                         mdistiller's ``distillers.KD.kd_loss``
+``kd_loss``, ``dkd_loss``           mdistiller's ``distillers.KD.kd_loss``, ``DKD.dkd_loss``, and
+                                    those of its fork with logit standardisation
+``DIST``                            ``losses.dist_kd.DIST`` of DIST's authors
+``NKDLoss``                         cls_KD's ``dis_losses.nkd.NKDLoss``
 ``generalized_jsd_loss``            TRL's ``GKDTrainer.generalized_jsd_loss``
 ``LigerKLDIVLoss``, ``LigerJSD``    Liger's modules of these names
 ``LogitDistillationTask``           timm's ``timm.task.LogitDistillationTask`` (needs timm)
@@ -29,10 +32,13 @@ from torch import Tensor, nn
 from kdkernels import checks, functional
 
 __all__ = [
+    "DIST",
     "DistillKL",
     "KLDivFromLogits",
     "LigerJSD",
     "LigerKLDIVLoss",
+    "NKDLoss",
+    "dkd_loss",
     "generalized_jsd_loss",
     "kd_loss",
     "kl_div_from_logits",
@@ -96,14 +102,75 @@ class DistillKL(nn.Module):
         return functional.kl_div(y_s, y_t, temperature=self.T, compat="repdistiller")
 
 
-def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
-    """mdistiller's softened KL: as :class:`DistillKL`.
+def kd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    temperature: float,
+    logit_stand: bool = False,
+) -> Tensor:
+    """mdistiller's softened KL: as :class:`DistillKL`; of z-scored logits if ``logit_stand``.
 
     (Cross-entropy and KL together are :func:`kdkernels.functional.kd_loss`.)
     """
     return functional.kl_div(
-        logits_student, logits_teacher, temperature=temperature, compat="mdistiller"
+        logits_student,
+        logits_teacher,
+        temperature=temperature,
+        standardize=bool(logit_stand),
+        compat="mdistiller",
     )
+
+
+def dkd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    logit_stand: bool = False,
+) -> Tensor:
+    """mdistiller's decoupled KD, where that is finite; of z-scored logits if ``logit_stand``."""
+    return functional.dkd_loss(
+        logits_student,
+        logits_teacher,
+        target.reshape(-1),
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        standardize=bool(logit_stand),
+        compat="mdistiller",
+    )
+
+
+class NKDLoss(nn.Module):
+    """cls_KD's normalised KD. ``name`` and ``use_this`` are its registry's, and not looked at."""
+
+    def __init__(self, name=None, use_this=None, temp: float = 1.0, gamma: float = 1.5) -> None:
+        super().__init__()
+        self.temp = temp
+        self.gamma = gamma
+
+    def forward(self, logit_s: Tensor, logit_t: Tensor, gt_label: Tensor) -> Tensor:
+        label = gt_label.argmax(1) if gt_label.dim() > 1 else gt_label
+        return functional.nkd_loss(
+            logit_s, logit_t, label, temperature=self.temp, gamma=self.gamma, compat="cls_kd"
+        )
+
+
+class DIST(nn.Module):
+    """DIST of its authors, on logits ``(N, C)`` (``tau^2`` included)."""
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0) -> None:
+        super().__init__()
+        self.beta = beta
+        self.gamma = gamma
+        self.tau = tau
+
+    def forward(self, z_s: Tensor, z_t: Tensor) -> Tensor:
+        return functional.dist_loss(
+            z_s, z_t, temperature=self.tau, beta=self.beta, gamma=self.gamma
+        )
 
 
 def generalized_jsd_loss(

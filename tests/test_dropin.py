@@ -126,6 +126,37 @@ class TestSuites:
         assert_same(ours, theirs, student, teacher)
         assert_same(dropin.kd_loss(student, teacher, temperature), ours, student, teacher)
 
+    @pytest.mark.parametrize("name", ["dkd_loss", "nkd_loss", "dist_loss"])
+    def test_equals_its_formula(self, name, backend, device):
+        loss = LOSSES[name]
+        if backend not in loss.backends(device):
+            pytest.skip(f"no {backend} kernel")
+        inputs = loss.inputs(7, 30, dtype=torch.float64, device=device)
+        student, teacher = inputs["student"].requires_grad_(), inputs["teacher"]
+        theirs = loss.eager(**inputs, **loss.hyper)
+        if name == "dkd_loss":
+            ours = dropin.dkd_loss(student, teacher, inputs["labels"], 1.0, 8.0, 4.0)
+        elif name == "nkd_loss":
+            ours = dropin.NKDLoss()(student, teacher, inputs["labels"])
+            soft = F.one_hot(inputs["labels"], 30)
+            assert torch.equal(dropin.NKDLoss()(student, teacher, soft), ours)
+        else:
+            hyper = loss.hyper
+            ours = dropin.DIST(hyper.get("beta", 1.0), hyper.get("gamma", 1.0),
+                               hyper["temperature"])(student, teacher)  # fmt: skip
+        assert_same(ours, theirs, student)
+
+    def test_standardized(self, backend, device):
+        student, teacher = logits(7, 30, device=device)
+        scored = [(x - x.mean(1, keepdim=True)) / (1e-7 + x.std(1, keepdim=True))
+                  for x in (student, teacher)]  # fmt: skip
+        labels = torch.arange(7, device=device)
+        assert_same(
+            dropin.kd_loss(student, teacher, 2.0, True), dropin.kd_loss(*scored, 2.0), student
+        )
+        ours = dropin.dkd_loss(student, teacher, labels, 9.0, 18.0, 2.0, logit_stand=True)
+        assert_same(ours, dropin.dkd_loss(*scored, labels, 9.0, 18.0, 2.0), student)
+
 
 def trl_formula(student, teacher, labels, beta, temperature, reduction, num_items):
     s, t = ((x / temperature).softmax(-1) for x in (student, teacher))

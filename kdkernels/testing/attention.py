@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdkernels import functional
 from kdkernels.testing.inputs import SHAPES, logits
-from kdkernels.testing.loss import Loss
+from kdkernels.testing.loss import Loss, compiled_when_used
 
 DIM = 32
 _WEIGHTS = ("query_weight", "key_weight", "value_weight", "output_weight")
@@ -105,17 +105,6 @@ def _by_row(attention):
     return eager
 
 
-def _compiled_when_used(function):
-    compiled = []
-
-    def call(*args, **kwargs):
-        if not compiled:
-            compiled.append(torch.compile(function, fullgraph=True, dynamic=False))
-        return compiled[0](*args, **kwargs)
-
-    return call
-
-
 def _entry(name, tokens, eager, others) -> Loss:
     learned = (*_WEIGHTS, "class_embedding") if tokens == "class" else _WEIGHTS
     return Loss(
@@ -143,7 +132,7 @@ LOSSES = (
         _by_class(_manual),
         {
             "sdpa": _by_class(F.scaled_dot_product_attention),
-            "compile_combined": _compiled_when_used(_combined),
+            "compile_combined": compiled_when_used(_combined),
         },
     ),
     _entry(

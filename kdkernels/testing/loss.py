@@ -82,6 +82,18 @@ class Loss:
         ]
 
 
+def compiled_when_used(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``torch.compile`` of a formulation that `others` names, not before somebody runs it."""
+    compiled = []
+
+    def call(*args, **kwargs):
+        if not compiled:
+            compiled.append(torch.compile(function, fullgraph=True, dynamic=False))
+        return compiled[0](*args, **kwargs)
+
+    return call
+
+
 def leaves(inputs: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
     """``inputs`` cut from their graph, the floats in ``dtype`` if given; leaves stay leaves."""
 

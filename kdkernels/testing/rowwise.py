@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from kdkernels import functional
 from kdkernels.testing.inputs import SHAPES, labelled_logits, logits, per_row
-from kdkernels.testing.loss import Loss
+from kdkernels.testing.loss import Loss, compiled_when_used
 
 
 def _t2_mean(rows):
@@ -112,8 +112,8 @@ def _dkd(student, teacher, labels, *, temperature, alpha, beta):
 
     s, t = F.softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
     tckd = F.kl_div(two(s).log(), two(t), reduction="none").sum(-1).mean()
-    s = F.log_softmax(student / temperature - 1000 * target, -1)
-    t = F.softmax(teacher / temperature - 1000 * target, -1)
+    s = F.log_softmax(student / temperature - 1000.0 * target, -1)
+    t = F.softmax(teacher / temperature - 1000.0 * target, -1)
     nckd = F.kl_div(s, t, reduction="none").sum(-1).mean()
     return (alpha * tckd + beta * nckd) * temperature**2
 
@@ -128,6 +128,17 @@ def _nkd(student, teacher, labels, *, temperature, gamma):
     s, t = student[others].reshape(shape), teacher[others].reshape(shape)
     s, t = F.log_softmax(s / temperature, -1), F.softmax(t / temperature, -1)
     return own - gamma * temperature**2 * (t * s).sum(-1).mean()
+
+
+def _nkd_masked(student, teacher, labels, *, temperature, gamma):
+    """The same without the index, which a compiler cannot take."""
+    target = _target(student, labels)
+    at = labels.unsqueeze(-1)
+    q = F.softmax(teacher, -1).gather(-1, at).detach()
+    own = -(q * F.log_softmax(student, -1).gather(-1, at)).mean()
+    s = F.log_softmax((student / temperature).masked_fill(target, -math.inf), -1)
+    t = F.softmax((teacher / temperature).masked_fill(target, -math.inf), -1)
+    return own - gamma * temperature**2 * (t * s.masked_fill(target, 0.0)).sum(-1).mean()
 
 
 def _ats(student, teacher, labels, *, temperature, target_temperature, teacher_temperature, alpha):
@@ -251,6 +262,7 @@ LOSSES = (
         name="nkd_loss",
         function=functional.nkd_loss,
         eager=_nkd,
+        others={"compile_masked": compiled_when_used(_nkd_masked)},
         stops=True,
         hyper={"temperature": 1.0, "gamma": 1.5},
         divergence=False,

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// The third step: the gradients of a row.
+
+// What the gradients are multiplied by, per du of either side; and, of standardised rows, what
+// their deviation takes away per distance from the mean.
+struct Scaling {
+  double student, teacher, spread_s = 0, spread_t = 0;
+};
+
+// Classes that the divergence does not see: the student's have their cross-entropy.
+template <class S>
+void emit_outside(const CrossEntropyRow<S>& ce, const RowWriter<S>& to_s,
+                  const RowWriter<S>& to_t, int64_t begin, int64_t end, int64_t begin_t,
+                  int64_t end_t) {
+  if (begin == end && begin_t == end_t) return;
+  alignas(64) S buffer[block], out[block];
+  for_blocks(to_s.wanted() ? end - begin : 0, [&](int64_t first, int n) {
+    S* grad = to_s.at(begin + first, out);
+    __builtin_memset(grad, 0, n * sizeof(S));
+    if (ce.wanted) ce.emit(begin + first, n, ce.student.get(begin + first, n, buffer), grad);
+    to_s.flush(begin + first, n, grad);
+  });
+  for_blocks(to_t.wanted() ? end_t - begin_t : 0, [&](int64_t first, int n) {
+    S* grad = to_t.at(begin_t + first, out);
+    __builtin_memset(grad, 0, n * sizeof(S));
+    to_t.flush(begin_t + first, n, grad);
+  });
+}
+
+// What the sweep could not say of the target.
+template <class S>
+void emit_target(const Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling, S& grad_s,
+                 S& grad_t) {
+  if (r.p.target == Target::tempered && r.p.grad_teacher.data) grad_t *= S(r.teacher_ratio);
+  if (!r.target_hidden()) return;
+  const auto own = [](const Side<S>& side, S z, double du, double factor, double spread) {
+    return S(du * factor - (z > floor_of<S> ? (z - side.mean) * spread : 0));
+  };
+  const S z_s = r.student.at(r.target), z_t = r.teacher.at(r.target);
+  grad_s = own(r.student, z_s, r.shift_s, scaling.student, scaling.spread_s);
+  grad_t = own(r.teacher, z_t, r.shift_t, scaling.teacher, scaling.spread_t);
+  if (ce.wanted) grad_s += ce.missing(z_s);
+}
+
+template <class C, bool with_value, class S>
+void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
+  using V = typename VectorOf<S>::V;
+  const RowwiseParams& p = r.p;
+  const RowWriter<S> to_s(p.grad_student, r.index, p.grad_student.data == p.student.data);
+  const RowWriter<S> to_t(p.grad_teacher, r.index, false);
+  alignas(64) S out_s[block], out_t[block];
+  emit_outside(ce, to_s, to_t, 0, p.first, 0, p.teacher_first);
+  for_blocks(r.classes, [&](int64_t first, int n) {
+    const S* s = r.student.get(first, n);
+    const S* t = r.teacher.get(first, n);
+    S* grad_s = to_s.wanted() ? to_s.at(p.first + first, out_s) : out_s;
+    S* grad_t = to_t.wanted() ? to_t.at(p.teacher_first + first, out_t) : out_t;
+    // Copies that no store can alias.
+    const Scalars<S> k = r.k;
+    const S share = S(r.share), factor_s = S(scaling.student), factor_t = S(scaling.teacher);
+    const S centre_s = S(r.share * r.centre_s + r.shift_s);
+    const S centre_t = S(r.share * r.centre_t + r.shift_t);
+    const S spread_s = S(scaling.spread_s), spread_t = S(scaling.spread_t);
+    const S mean_s = S(r.student.mean), mean_t = S(r.teacher.mean);
+    const bool standardize = p.standardize, slopes = p.row_grads && !standardize;
+    const bool teacher_too = to_t.wanted() || slopes;
+    exponentials(r, n, s, t);
+    V value{}, slope_s{}, slope_t{}, drift_s{}, drift_t{};
+    sweep<V>(n, [&](int i, auto w) {
+      const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
+      const Class<V> c = C::terms(k, zs, zt, read<V>(r.exp_s + i, w, S(0)),
+                                  read<V>(r.exp_t + i, w, S(0)));
+      if (with_value) value += c.value;
+      const V du = c.student * share - c.p_s * centre_s;
+      V grad = du * factor_s;
+      if (standardize)
+        grad -= select(zs > all<V>(floor_of<S>), (zs - mean_s) * spread_s, V{});
+      write<V>(grad_s + i, w, grad);
+      if (!teacher_too) return;
+      const V dv = c.teacher * share - c.p_t * centre_t;
+      grad = dv * factor_t;
+      if (standardize)
+        grad -= select(zt > all<V>(floor_of<S>), (zt - mean_t) * spread_t, V{});
+      write<V>(grad_t + i, w, grad);
+      slope_s += du * (zs - k.max_s), slope_t += dv * (zt - k.max_t);
+      drift_s += du, drift_t += dv;
+    });
+    if (with_value) r.value += sum(value);
+    // du sums to 0, but for the rounding of its centre.
+    if (slopes) r.slope_s += sum(slope_s) - sum(drift_s) * r.tilt_s;
+    if (slopes) r.slope_t += sum(slope_t) - sum(drift_t) * r.tilt_t;
+    if (r.target >= first && r.target < first + n)
+      emit_target(r, ce, scaling, grad_s[r.target - first], grad_t[r.target - first]);
+    if (to_s.wanted()) {
+      if (ce.wanted) ce.emit(p.first + first, n, s, grad_s);
+      to_s.flush(p.first + first, n, grad_s);
+    }
+    if (to_t.wanted()) to_t.flush(p.teacher_first + first, n, grad_t);
+  });
+  emit_outside(ce, to_s, to_t, p.first + r.classes, p.classes, p.teacher_first + r.classes,
+               p.teacher_classes);
+}
