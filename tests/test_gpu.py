@@ -44,6 +44,18 @@ def student_and_teacher(loss, *shape, **options):
     ids=str,
 )
 def test_values_and_gradients(loss, kernel, shape, dtype):
+    assert_as_in_fp64(loss, kernel, shape, dtype)
+
+
+@pytest.mark.parametrize("name", ["cifar100_b64", "imagenet_b256", "llama2_vocab"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_other_families(any_loss, kernel, name, dtype):
+    if any_loss.by_row or name not in any_loss.shapes or kernel not in any_loss.backends(DEVICE):
+        pytest.skip("another test's, or no such kernel or shape")
+    assert_as_in_fp64(any_loss, kernel, any_loss.shapes[name], dtype)
+
+
+def assert_as_in_fp64(loss, kernel, shape, dtype):
     inputs = student_and_teacher(loss, *shape, dtype=dtype)
     exact, plain = leaves(inputs, torch.float64), leaves(inputs)
     values = (
