@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdkernels import backends
-from kdkernels.testing import LOSSES, gradients
+from kdkernels.testing import gradients
 
 pytestmark = pytest.mark.skipif(
     not backends.verdict("rowwise", "cpu", "cpu").ok, reason="_C_cpu is not built"
