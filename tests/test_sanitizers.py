@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tests/test_numpy.py over kernels compiled with AddressSanitizer and UBSan, at every ISA level."""
+"""tests/test_numpy*.py over kernels with AddressSanitizer and UBSan, at every ISA level."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_numpy_binding_is_clean(level, sanitized):
     result = subprocess.run(
         [
             sys.executable, "-c", _RUN, "-q", "-p", "no:cacheprovider", "--noconftest",
-            "-o", "filterwarnings=", str(ROOT / "tests/test_numpy.py"),
+            "-o", "filterwarnings=", *map(str, sorted((ROOT / "tests").glob("test_numpy*.py"))),
         ],
         cwd=folder, env=environment | {"KDKERNELS_CPU_CAPABILITY": level},
         capture_output=True, text=True,

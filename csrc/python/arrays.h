@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// NumPy arrays as the kernels take them. All are (N, C) or (N,), validated by kdkernels/numpy.py;
+// NumPy arrays as the kernels take them. All are (N, C) or (N,), validated by kdkernels/numpy;
 // outputs are filled in place.
 #pragma once
 #include <pybind11/numpy.h>

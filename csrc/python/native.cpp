@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels on NumPy arrays: no torch, the same bits. kdkernels/numpy.py is its front.
+// The CPU kernels on NumPy arrays: no torch, the same bits. kdkernels/numpy is its front.
 #include "arrays.h"
 
 namespace kd::python {
 void bind_attention(py::module_& m);
+void bind_batchwise(py::module_& m);
+void bind_ensemble(py::module_& m);
 void bind_rowwise(py::module_& m);
+void bind_sparse(py::module_& m);
 }
 
 PYBIND11_MODULE(_native, m) {
@@ -13,5 +16,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("kinds") = static_cast<int>(kd::Kind::count);
   m.attr("half_boost") = kd::half_boost;
   kd::python::bind_attention(m);
+  kd::python::bind_batchwise(m);
+  kd::python::bind_ensemble(m);
   kd::python::bind_rowwise(m);
+  kd::python::bind_sparse(m);
 }

@@ -23,6 +23,7 @@ void rowwise(const py::array& student, const py::array& teacher, std::vector<dou
   p.tau_s = scalar_of(temperature), p.tau_t = scalar_of(teacher_temperature);
   p.grad_student = rows_or_none(grad_student, "grad_student");
   p.grad_teacher = rows_or_none(grad_teacher, "grad_teacher");
+  p.parts = !row_grads.is_none() && row_grads.cast<py::array>().shape(0) == 6;
   py::gil_scoped_release release;
   const auto& kernel = kd::kernels().rowwise;
   split_rows(p.rows, p.classes, threads,

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "arrays.h"
+
+#include <tuple>
+
+namespace kd::python {
+namespace {
+
+const uint8_t* mask_of(const py::object& mask) {
+  return mask.is_none() ? nullptr : static_cast<const uint8_t*>(mask.cast<py::array>().data());
+}
+
+// As many tasks as there are rows of `grain` elements.
+template <class F>
+void split(int64_t tasks, int threads, const F& f) {
+  split_rows(tasks, kd::grain, threads, f);
+}
+
+// The loss and its gradient to the temperature; row_factor: None or float64 (2, N).
+std::pair<double, double> dist(const py::array& student, const py::array& teacher,
+                               std::vector<double> numbers, std::vector<int64_t> choices,
+                               const py::object& mask, const py::array& grad_student,
+                               const py::array& grad_teacher, const py::object& row_factor,
+                               int threads) {
+  kd::DistParams p;
+  static_cast<kd::DistNumbers&>(p) = unpack<kd::DistNumbers>(numbers);
+  static_cast<kd::DistChoices&>(p) = unpack<kd::DistChoices>(choices);
+  p.rows = p.counted = student.shape(0), p.classes = student.shape(1);
+  p.student = rows_of(student, "student"), p.teacher = rows_of(teacher, "teacher");
+  p.mask = mask_of(mask);
+  if (p.mask) p.counted = std::count_if(p.mask, p.mask + p.rows, [](uint8_t m) { return m != 0; });
+  p.grad_student = rows_of(grad_student, "grad_student");
+  p.grad_teacher = rows_of(grad_teacher, "grad_teacher");
+  if (!row_factor.is_none())
+    p.row_factor = row_factor.cast<py::array_t<double>>().mutable_data();
+  p.temperature_grad = true;
+  const int64_t blocks = kd::dist_blocks(p.rows, p.classes);
+  std::vector<kd::DistRow> row(p.rows);
+  std::vector<double> moments(blocks * kd::dist_moments * p.classes);
+  std::vector<double> columns(kd::dist_coefficients * p.classes), column_loss(p.classes);
+  p.row = row.data(), p.moments = moments.data();
+  p.columns = columns.data(), p.column_loss = column_loss.data();
+
+  py::gil_scoped_release release;
+  const auto& kernels = kd::kernels();
+  double loss = 0, slope = 0;
+  if (p.counted > 0) {
+    split(blocks, threads, [&](int64_t a, int64_t b) { kernels.dist_measure(p, a, b); });
+    split(p.classes, threads, [&](int64_t a, int64_t b) { kernels.dist_columns(p, a, b); });
+    for (const auto& r : row) loss += r.loss;
+    for (const double x : column_loss) loss += x;
+  }
+  split_rows(p.rows, p.classes, threads,
+             [&](int64_t a, int64_t b) { kernels.dist_emit(p, a, b); });
+  for (const auto& r : row) slope -= r.slope;
+  return {loss, (slope + (p.t2 ? 2 * loss : 0)) / p.temperature};
+}
+
+// The steps of MLKD, arguments and results as those of the torch operators (kdkernels/ops/
+// batchwise.py), arrays contiguous. For the tests: between them stand matrix products.
+kd::MlkdParams mlkd(const py::array& logits, const std::vector<double>& temperatures,
+                    const py::object& mask) {
+  kd::MlkdParams p;
+  p.rows = logits.shape(0), p.classes = logits.shape(1);
+  p.temperatures = temperatures.size(), p.temperature = temperatures.data();
+  if (p.temperatures > kd::most_temperatures) throw py::value_error("too many temperatures");
+  p.mask = mask_of(mask);
+  return p;
+}
+
+py::array like(bool in_double, std::vector<py::ssize_t> shape) {
+  if (in_double) return py::array_t<double>(shape);
+  return py::array_t<float>(shape);
+}
+
+std::pair<py::array, py::array> mlkd_softmax(const py::array& student, const py::array& teacher,
+                                             std::vector<double> temperatures,
+                                             const py::object& mask, int threads) {
+  kd::MlkdParams p = mlkd(student, temperatures, mask);
+  p.student = rows_of(student, "student"), p.teacher = rows_of(teacher, "teacher");
+  p.in_double = p.student.dtype == kd::DType::float64 || p.teacher.dtype == kd::DType::float64;
+  py::array soft = like(p.in_double, {p.temperatures, 2, p.rows, p.classes});
+  py::array kl = like(p.in_double, {p.rows});
+  p.soft = soft.mutable_data(), p.kl = kl.mutable_data();
+  py::gil_scoped_release release;
+  split_rows(p.rows, p.classes * p.temperatures, threads,
+             [&](int64_t a, int64_t b) { kd::kernels().mlkd_softmax(p, a, b); });
+  return {soft, kl};
+}
+
+std::tuple<double, py::array, py::array, py::object> mlkd_grams(
+    const py::array& pd, const py::array& dd, const py::array& pp, std::vector<double> weights,
+    const py::object& near_pd, const py::object& near_dd, const py::object& chosen, int threads) {
+  kd::MlkdGrams p;
+  p.matrices = pd.shape(0), p.size = pd.shape(1);
+  p.in_double = dtype_of(pd, "pd") == kd::DType::float64;
+  p.near_weight = weights.at(0), p.far_weight = weights.at(1);
+  p.pd = pd.data(), p.dd = dd.data(), p.pp = pp.data();
+  py::array student = like(p.in_double, {2, p.matrices, p.size, p.size});
+  py::array teacher = like(p.in_double, {2, p.matrices, p.size, p.size});
+  p.student = student.mutable_data(), p.teacher = teacher.mutable_data();
+  py::object near = py::none();
+  if (!chosen.is_none()) {
+    py::array rows = like(p.in_double, {p.matrices, p.size, p.size});
+    p.near_pd = near_pd.cast<py::array>().data(), p.near_dd = near_dd.cast<py::array>().data();
+    p.chosen = chosen.cast<py::array>().data();
+    p.near = rows.mutable_data();
+    near = rows;
+  }
+  std::vector<double> row_loss(p.matrices * p.size);
+  p.loss = row_loss.data();
+  double loss = 0;
+  {
+    py::gil_scoped_release release;
+    split_rows(p.matrices * p.size, p.size, threads,
+               [&](int64_t a, int64_t b) { kd::kernels().mlkd_grams(p, a, b); });
+    for (const double x : row_loss) loss += x;
+  }
+  return {loss < 0 ? 0 : loss, student, teacher, near};
+}
+
+// `grad` is filled; row_factor: None or float64 (N,).
+void mlkd_gradient(py::array grad, const py::array& soft, const py::object& relations,
+                   const py::array& kl, const py::array& row_weight,
+                   std::vector<double> temperatures, bool of_teacher, const py::object& mask,
+                   const py::object& row_factor, int threads) {
+  kd::MlkdParams p = mlkd(grad, temperatures, mask);
+  p.in_double = dtype_of(soft, "soft") == kd::DType::float64;
+  p.soft = const_cast<void*>(soft.data()), p.kl = const_cast<void*>(kl.data());
+  if (!relations.is_none()) p.relations = relations.cast<py::array>().data();
+  p.row_weight = row_weight.data();
+  p.of_teacher = of_teacher;
+  p.grad = rows_of(grad, "grad");
+  if (!row_factor.is_none())
+    p.row_factor = row_factor.cast<py::array_t<double>>().mutable_data();
+  py::gil_scoped_release release;
+  split_rows(p.rows, p.classes * p.temperatures, threads,
+             [&](int64_t a, int64_t b) { kd::kernels().mlkd_gradient(p, a, b); });
+}
+
+}  // namespace
+
+void bind_batchwise(py::module_& m) {
+  m.def("dist", &dist);
+  m.def("mlkd_softmax", &mlkd_softmax);
+  m.def("mlkd_grams", &mlkd_grams);
+  m.def("mlkd_gradient", &mlkd_gradient);
+}
+
+}  // namespace kd::python

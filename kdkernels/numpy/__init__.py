@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses and their gradients on NumPy arrays: the CPU kernels without torch.
+
+Bit for bit what the ``cpu`` backend computes on the same values, except where torch rounds once
+more: the gradients to scalar temperatures and to fp16 logits. Arrays are float64, float32 or
+float16, of any strides; logits are ``(..., C)`` and the leading dimensions rows. Every function
+returns the loss and a named tuple of its gradients (of the sum, for ``reduction="none"``), the
+logits' in their dtype and the others in float64. With ``teacher_temperature=None``, the student's
+is used, and the gradient to it is the sum of ``temperature`` and ``teacher_temperature`` there.
+
+``**rows`` are the keyword arguments that the losses over rows share: ``temperature``,
+``teacher_temperature``, ``scale``, ``reduction``, ``mask``, ``ignore_index`` and ``row_weight``, as
+in ``kdkernels.functional`` and with its defaults, and ``threads``, 1 by default. The other
+arguments mean what they mean there too.
+"""
+
+from __future__ import annotations
+
+from kdkernels.numpy.attention import AttentionGradients, class_attention
+from kdkernels.numpy.batchwise import BatchGradients, dist_loss
+from kdkernels.numpy.ensemble import EnsembleGradients, multi_teacher_kl_div
+from kdkernels.numpy.rowwise import (
+    Gradients,
+    Parts,
+    ats_loss,
+    divergence,
+    dkd_loss,
+    kd_loss,
+    nkd_loss,
+    wsld_loss,
+)
+from kdkernels.numpy.sparse import TopKGradients, topk_divergence
+
+__all__ = [
+    "AttentionGradients",
+    "BatchGradients",
+    "EnsembleGradients",
+    "Gradients",
+    "Parts",
+    "TopKGradients",
+    "ats_loss",
+    "class_attention",
+    "dist_loss",
+    "divergence",
+    "dkd_loss",
+    "kd_loss",
+    "multi_teacher_kl_div",
+    "nkd_loss",
+    "topk_divergence",
+    "wsld_loss",
+]
