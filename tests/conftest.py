@@ -74,3 +74,14 @@ def prefer():
     before = backends.get_backend()
     yield backends.set_backend
     backends.set_backend(before)
+
+
+@pytest.fixture(params=["one tile", "swept"])
+def tiles(request, monkeypatch):
+    """Rows that fit a tile, several to a program, and rows that take several tiles."""
+    from kdkernels.triton import layout
+
+    if request.param == "swept":
+        monkeypatch.setattr(layout, "TILES", {})
+        monkeypatch.setattr(layout, "SWEEP", layout.Tile(4, 16, 4))
+    return request.param

@@ -27,7 +27,13 @@ from kdkernels.divergences import (  # noqa: E402
     TopKChoices,
     TopKNumbers,
 )
-from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER  # noqa: E402
+from kdkernels.divergences import TARGETS as FORMS  # noqa: E402
+from kdkernels.ops.rowwise import (  # noqa: E402
+    GRAD_PARTS,
+    GRAD_ROWS,
+    GRAD_STUDENT,
+    GRAD_TEACHER,
+)
 
 pytestmark = pytest.mark.skipif(
     ops.triton_interpreted(), reason="TRITON_INTERPRET=1: kernels are not compiled"
@@ -110,21 +116,28 @@ def load_widths(kernel, target: str) -> set[int]:
     return {words.get(load, 2) for load in loads}
 
 
-def launch(classes, dtype, *, kind="forward_kl", everything=False):
+def launch(classes, dtype, *, kind="forward_kl", everything=False, target=None, choices=()):
     """Arguments of a student-only launch, or of one that needs and takes everything there is."""
-    from kdkernels.triton.rowwise import arguments
+    from kdkernels.triton.rowwise.launch import arguments
 
     x = torch.empty(8, classes, dtype=dtype)
     row = torch.empty(8, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     valid, labels = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
     scalars = (
-        Numbers(4.0, 4.0, 0.9, 0.1 * everything, 0.1, alpha=0.3, beta=0.7),
-        Choices(KINDS.index(kind), reduction=REDUCTIONS.index("batchmean")),
-    )
+        Numbers(
+            4.0, 4.0, 0.9, 0.1 * everything, 0.1, alpha=0.3, beta=0.7,
+            target_weight=1.0 if target in ("decoupled", "separate") else 0.0,
+            target_temperature=2.0,
+        ),
+        Choices(
+            KINDS.index(kind), reduction=REDUCTIONS.index("batchmean"),
+            target=FORMS.index(target or "ordinary"), **dict(choices),
+        ),
+    )  # fmt: skip
     if everything:
-        grads = GRAD_STUDENT | GRAD_TEACHER | GRAD_ROWS
-        return arguments(x, x, labels, valid, row, row, row, *scalars, grads)
-    return arguments(x, x, None, None, None, None, None, *scalars, GRAD_STUDENT)
+        grads = GRAD_STUDENT | GRAD_TEACHER | GRAD_ROWS | (GRAD_PARTS if target else 0)
+        return arguments(x, x, labels, valid, row, row, row, labels, *scalars, grads)
+    return arguments(x, x, None, None, None, None, None, labels, *scalars, GRAD_STUDENT)
 
 
 CASES = [
@@ -138,7 +151,7 @@ CASES = [
 
 @pytest.mark.parametrize("target, dtype, classes", CASES)
 def test_rowwise(target, dtype, classes, tmp_path):
-    from kdkernels.triton.rowwise_kernel import rowwise_kernel
+    from kdkernels.triton.rowwise.kernel import rowwise_kernel
 
     plain = compiled(rowwise_kernel, launch(classes, dtype), target)
     assert_in_registers(plain, target, tmp_path)
@@ -151,9 +164,40 @@ def test_rowwise(target, dtype, classes, tmp_path):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "forward_kl"])
 @pytest.mark.parametrize("target, dtype", [("sm_90", torch.bfloat16), ("gfx942", torch.float32)])
 def test_every_kind(kind, target, dtype, tmp_path):
-    from kdkernels.triton.rowwise_kernel import rowwise_kernel
+    from kdkernels.triton.rowwise.kernel import rowwise_kernel
 
     kernel = compiled(rowwise_kernel, launch(32000, dtype, kind=kind, everything=True), target)
+    assert_in_registers(kernel, target, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "target, dtype, classes, everything",
+    [
+        ("sm_80", torch.bfloat16, 32000, True),
+        ("sm_90", torch.float16, 32000, False),
+        ("sm_90", torch.float64, 1000, True),
+        ("sm_100", torch.bfloat16, 100, True),
+        ("gfx942", torch.float32, 32000, True),
+    ],
+)
+@pytest.mark.parametrize(
+    "form, kind, standardize",
+    [
+        ("ordinary", "forward_kl", True),
+        ("decoupled", "forward_kl", False),
+        ("decoupled", "forward_kl", True),
+        ("separate", "cross_entropy", False),
+        ("tempered", "cross_entropy", False),
+        ("weighting", "cross_entropy", False),
+    ],
+)
+def test_every_form(form, kind, standardize, target, dtype, classes, everything, tmp_path):
+    """What a loss does with its target class, with standardised rows of a range of classes."""
+    from kdkernels.triton.rowwise.kernel import rowwise_kernel
+
+    choices = {"standardize": True, "first": 7, "width": classes // 2} if standardize else {}
+    given = {"kind": kind, "target": form, "choices": choices, "everything": everything}
+    kernel = compiled(rowwise_kernel, launch(classes, dtype, **given), target)
     assert_in_registers(kernel, target, tmp_path)
 
 

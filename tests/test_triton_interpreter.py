@@ -45,17 +45,6 @@ if not INTERPRETED:
         assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
 
 
-@pytest.fixture(params=["one tile", "swept"])
-def tiles(request, monkeypatch):
-    """Rows that fit a tile, several to a program, and rows that take several tiles."""
-    from kdkernels.triton import layout
-
-    if request.param == "swept":
-        monkeypatch.setattr(layout, "TILES", {})
-        monkeypatch.setattr(layout, "SWEEP", layout.Tile(4, 16, 4))
-    return request.param
-
-
 def logits(*shape, dtype=torch.float32, noise=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(*shape, generator=generator) * 2

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdkernels import ops
 from kdkernels.ops.attention import GRAD_COEFFICIENTS, GRAD_TEACHER, GRAD_TEMPERATURE
 from kdkernels.triton.attention_kernel import coefficients_kernel, forward_kernel, teacher_kernel
-from kdkernels.triton.layout import common_unit, options, row_layout
+from kdkernels.triton.layout import addressable, common_unit, options, row_layout
 
 
 class Tile(NamedTuple):
@@ -119,14 +119,10 @@ def teacher_launch(
     return launch, (launch["rows"], triton.cdiv(launch["CLASSES"], tile.keys))
 
 
-def _addressable(x: Tensor) -> Tensor:
-    return x if row_layout(x) is not None else x.contiguous()
-
-
 def _forward(teacher, scores, values, temperature, temperatures, residual, save):
     with torch.cuda.device_of(teacher):
         launch, grid = forward_launch(
-            _addressable(teacher), scores, values, temperature, temperatures, residual, save
+            addressable(teacher), scores, values, temperature, temperatures, residual, save
         )
         if launch["rows"]:
             forward_kernel[grid](**launch)
@@ -135,7 +131,7 @@ def _forward(teacher, scores, values, temperature, temperatures, residual, save)
 
 def _backward(upstream, teacher, scores, values, stats, temperature, temperatures, residual, grads):
     given = (
-        upstream.contiguous(), _addressable(teacher), scores, values, stats, temperature,
+        upstream.contiguous(), addressable(teacher), scores, values, stats, temperature,
         temperatures,
     )  # fmt: skip
     classes = teacher.shape[-1]

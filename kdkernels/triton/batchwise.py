@@ -20,7 +20,7 @@ from kdkernels.triton.batchwise_kernels import (
     mlkd_gradient_kernel,
     mlkd_softmax_kernel,
 )
-from kdkernels.triton.layout import Tile, common_unit, options, row_layout, tile
+from kdkernels.triton.layout import Tile, addressable, common_unit, options, row_layout, tile
 
 # Of a program that walks down a few columns: a lane reads 16 bytes of a row.
 COLUMNS = Tile(32, 32, 4)
@@ -103,14 +103,10 @@ def dist_launches(
     return of_rows, of_columns, gradients
 
 
-def _addressable(x: Tensor) -> Tensor:
-    return x if row_layout(x) is not None else x.contiguous()
-
-
 def _dist(student, teacher, numbers, choices, grads, mask=None, temperature=None):
     numbers, choices = DistNumbers(*numbers), DistChoices(*choices)
     of_rows, of_columns, gradients = dist_launches(
-        _addressable(student), _addressable(teacher), numbers, choices, grads, mask, temperature
+        addressable(student), addressable(teacher), numbers, choices, grads, mask, temperature
     )
     rows, classes = of_rows["rows"], of_rows["CLASSES"]
     loss = of_rows["loss"].new_zeros(())
@@ -161,7 +157,7 @@ def softmax_launches(student, teacher, temperatures, valid=None) -> list[dict]:
 
 
 def _softmax(student, teacher, temperatures, mask=None):
-    launches = softmax_launches(_addressable(student), _addressable(teacher), temperatures, mask)
+    launches = softmax_launches(addressable(student), addressable(teacher), temperatures, mask)
     rows = launches[0]["rows"]
     with torch.cuda.device_of(student):
         for launch in launches if rows else ():

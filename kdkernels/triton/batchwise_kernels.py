@@ -21,7 +21,15 @@ import triton.language as tl
 
 from kdkernels.triton.layout import row_start
 from kdkernels.triton.math import expm1_minus, log1p
-from kdkernels.triton.rowwise_kernel import _centred, _change, _finite, _load, _max, _store, _sum
+from kdkernels.triton.sweep import (
+    centred,
+    exp_change,
+    finite_top,
+    load,
+    row_max,
+    row_sum,
+    store,
+)
 
 EPS = tl.constexpr(1e-8)
 
@@ -55,7 +63,7 @@ def _probabilities(
     ptr, start, live, top, inv_sum, inv_tau,
     ACC: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    z = _load(ptr, start, live, -float("inf"), ACC, CLASSES, TILE)
+    z = load(ptr, start, live, -float("inf"), ACC, CLASSES, TILE)
     return tl.exp((z - top) * inv_tau) * inv_sum
 
 
@@ -94,15 +102,15 @@ def dist_rows_kernel(
     top_t = tl.full((ROWS, 1), -float("inf"), ACC)
     sum_s, sum_t = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
     for start in tl.range(0, CLASSES, TILE):
-        s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
-        t = _load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
-        new_s, new_t = tl.maximum(top_s, _max(s)), tl.maximum(top_t, _max(t))
-        sum_s *= tl.exp((top_s - _finite(new_s)) * inv)
-        sum_t *= tl.exp((top_t - _finite(new_t)) * inv)
+        s = load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        t = load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        new_s, new_t = tl.maximum(top_s, row_max(s)), tl.maximum(top_t, row_max(t))
+        sum_s *= tl.exp((top_s - finite_top(new_s)) * inv)
+        sum_t *= tl.exp((top_t - finite_top(new_t)) * inv)
         top_s, top_t = new_s, new_t
-        sum_s += _sum(tl.exp((s - _finite(top_s)) * inv))
-        sum_t += _sum(tl.exp((t - _finite(top_t)) * inv))
-    top_s, top_t = _finite(top_s), _finite(top_t)
+        sum_s += row_sum(tl.exp((s - finite_top(top_s)) * inv))
+        sum_t += row_sum(tl.exp((t - finite_top(top_t)) * inv))
+    top_s, top_t = finite_top(top_s), finite_top(top_t)
     mean_s, mean_t = sum_s / CLASSES, sum_t / CLASSES
     ss, tt, st = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
     for start in tl.range(0, CLASSES, TILE):
@@ -110,7 +118,7 @@ def dist_rows_kernel(
         s = _probabilities(s_row, start, live, top_s, 1.0, inv, ACC, CLASSES, TILE) - mean_s
         t = _probabilities(t_row, start, live, top_t, 1.0, inv, ACC, CLASSES, TILE) - mean_t
         s, t = tl.where(within, s, 0.0), tl.where(within, t, 0.0)
-        ss, tt, st = ss + _sum(s * s), tt + _sum(t * t), st + _sum(s * t)
+        ss, tt, st = ss + row_sum(s * s), tt + row_sum(t * t), st + row_sum(s * t)
     inv_s, inv_t = 1 / sum_s, 1 / sum_t
     correlation, x, y_s, y_t = _pearson(
         ss * inv_s * inv_s, tt * inv_t * inv_t, st * inv_s * inv_t, CLAMP
@@ -168,7 +176,7 @@ def dist_columns_kernel(
     )  # fmt: skip
     mean_s, mean_t = tl.zeros((1, TILE), ACC), tl.zeros((1, TILE), ACC)
     ss, tt, st = tl.zeros((1, TILE), ACC), tl.zeros((1, TILE), ACC), tl.zeros((1, TILE), ACC)
-    for centred in tl.static_range(2):
+    for about_mean in tl.static_range(2):
         for base in tl.range(0, rows, ROWS):
             row = (base + tl.arange(0, ROWS))[:, None]
             live = row < rows
@@ -185,7 +193,7 @@ def dist_columns_kernel(
                 tl.load(at + stride, mask=live, other=0.0),
                 tl.load(at + 3 * stride, mask=live, other=0.0), inv, ACC, CLASSES, TILE,
             )  # fmt: skip
-            if centred:
+            if about_mean:
                 s = tl.where(live, (s - pivot_s) - mean_s, 0.0)
                 t = tl.where(live, (t - pivot_t) - mean_t, 0.0)
                 ss += tl.sum(s * s, axis=0, keep_dims=True)
@@ -194,7 +202,7 @@ def dist_columns_kernel(
             else:
                 mean_s += tl.sum(tl.where(live, s - pivot_s, 0.0), axis=0, keep_dims=True)
                 mean_t += tl.sum(tl.where(live, t - pivot_t, 0.0), axis=0, keep_dims=True)
-        if not centred:
+        if not about_mean:
             mean_s, mean_t = mean_s / number, mean_t / number
     correlation, x, y_s, y_t = _pearson(ss, tt, st, CLAMP)
     scale = tl.full((1, 1), weight, ACC)
@@ -267,8 +275,8 @@ def dist_gradient_kernel(
         g = _dist_gradient(
             own, other, start, mean_own, mean_other, x, y, columns, SIDE, CLASSES, TILE
         )
-        dot += _sum(own * g)
-        largest = tl.maximum(largest, _max(tl.abs(g)))
+        dot += row_sum(own * g)
+        largest = tl.maximum(largest, row_max(tl.abs(g)))
     scale = tl.full((ROWS, 1), 1.0, ACC)
     if HALF:
         scale = _half_scale(2 * largest * inv)
@@ -282,11 +290,11 @@ def dist_gradient_kernel(
         )
         dz = tl.where(live, own * (g - dot) * inv, 0.0)
         if slope is not None:
-            z = _load(t_row if SIDE else s_row, start, live, 0.0, ACC, CLASSES, TILE)
+            z = load(t_row if SIDE else s_row, start, live, 0.0, ACC, CLASSES, TILE)
             z = tl.where(z == -float("inf"), 0.0, z - (top_t if SIDE else top_s))
-            slopes += _sum(dz * z)
+            slopes += row_sum(dz * z)
         if grad is not None:
-            _store(grad + row.to(tl.int64) * CLASSES, start, dz * scale, inside, CLASSES, TILE)
+            store(grad + row.to(tl.int64) * CLASSES, start, dz * scale, inside, CLASSES, TILE)
     if row_factor is not None:
         tl.store(row_factor + row, tl.where(live, 1 / scale, 0.0), mask=inside)
     if slope is not None:
@@ -318,21 +326,21 @@ def mlkd_softmax_kernel(
     top_t = tl.full((ROWS, 1), -float("inf"), ACC)
     for start in tl.range(0, CLASSES, TILE):
         top_s = tl.maximum(
-            top_s, _max(_load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE))
+            top_s, row_max(load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE))
         )
         top_t = tl.maximum(
-            top_t, _max(_load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE))
+            top_t, row_max(load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE))
         )
-    top_s, top_t = _finite(top_s), _finite(top_t)
+    top_s, top_t = finite_top(top_s), finite_top(top_t)
     sum_s, sum_t = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
     excess = tl.zeros((ROWS, 1), ACC)
     for start in tl.range(0, CLASSES, TILE):
-        s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
-        t = _load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
-        us, ut, d = _centred(s, t, top_s, top_t, inv, inv, True)
+        s = load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        t = load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        us, ut, d = centred(s, t, top_s, top_t, inv, inv, True)
         exp_s, exp_t = tl.exp(us), tl.exp(ut)
-        sum_s, sum_t = sum_s + _sum(exp_s), sum_t + _sum(exp_t)
-        excess += _sum(_change(exp_s, exp_t, d))
+        sum_s, sum_t = sum_s + row_sum(exp_s), sum_t + row_sum(exp_t)
+        excess += row_sum(exp_change(exp_s, exp_t, d))
     ratio = excess / sum_s
     close = tl.abs(ratio) < 0.5
     delta = tl.where(close, log1p(tl.where(close, ratio, 0.0)), tl.log(sum_t / sum_s))
@@ -341,9 +349,9 @@ def mlkd_softmax_kernel(
     to_p = soft + row.to(tl.int64) * CLASSES
     to_d = to_p + rows.to(tl.int64) * CLASSES
     for start in tl.range(0, CLASSES, TILE):
-        s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
-        t = _load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
-        us, ut, d = _centred(s, t, top_s, top_t, inv, inv, True)
+        s = load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        t = load(t_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        us, ut, d = centred(s, t, top_s, top_t, inv, inv, True)
         off = (s == -float("inf")) & (t == -float("inf"))
         d = tl.where(off, 0.0, d - delta)
         p, q = tl.exp(us) * inv_s, tl.exp(ut) * inv_t
@@ -354,9 +362,9 @@ def mlkd_softmax_kernel(
         value = tl.where(
             near, p * ((small + bend) * small - bend), tl.where(q == 0, 0.0, q * d) - gap
         )
-        total += _sum(value)
-        _store(to_p, start, tl.where(live, p, 0.0), inside, CLASSES, TILE)
-        _store(to_d, start, tl.where(live, -gap, 0.0), inside, CLASSES, TILE)
+        total += row_sum(value)
+        store(to_p, start, tl.where(live, p, 0.0), inside, CLASSES, TILE)
+        store(to_d, start, tl.where(live, -gap, 0.0), inside, CLASSES, TILE)
     total = tl.where(total < 0, 0.0, total) * tau * tau
     if not BEGIN:
         total += tl.load(kl + row, mask=inside, other=0.0)
@@ -380,11 +388,11 @@ def _mlkd_terms(
 ):  # fmt: skip
     """This side's p, d loss / d p up to what is the same for all classes, and p_s - p_t."""
     at = row.to(tl.int64) * CLASSES
-    p = _load(soft + 2 * J * size + at, start, live, 0.0, ACC, CLASSES, TILE)
-    d = _load(soft + (2 * J + 1) * size + at, start, live, 0.0, ACC, CLASSES, TILE)
+    p = load(soft + 2 * J * size + at, start, live, 0.0, ACC, CLASSES, TILE)
+    d = load(soft + (2 * J + 1) * size + at, start, live, 0.0, ACC, CLASSES, TILE)
     g = tl.zeros_like(p)
     if relations is not None:
-        g = _load(relations + J * size + at, start, live, 0.0, ACC, CLASSES, TILE)
+        g = load(relations + J * size + at, start, live, 0.0, ACC, CLASSES, TILE)
     if OF_TEACHER:
         q = p - d
         least: tl.constexpr = 1e-300 if ACC == tl.float64 else 1e-37
@@ -421,8 +429,8 @@ def mlkd_dots_kernel(
                 soft, relations, row, start, live, size,
                 weight * (TEMPERATURES[j] * TEMPERATURES[j]), j, OF_TEACHER, ACC, CLASSES, TILE,
             )  # fmt: skip
-            dot += _sum(p * g)
-            largest = tl.maximum(largest, _max(tl.abs(g)))
+            dot += row_sum(p * g)
+            largest = tl.maximum(largest, row_max(tl.abs(g)))
         tl.store(dots + j * rows.to(tl.int64) + row, dot, mask=inside)
         bound += 2 * largest / TEMPERATURES[j] + tl.abs(weight) * TEMPERATURES[j]
     if row_factor is not None:
@@ -459,4 +467,4 @@ def mlkd_gradient_kernel(
             if not OF_TEACHER:
                 dz += d * (weight * TEMPERATURES[j])
         dz = tl.where(live, dz * scale, 0.0)
-        _store(grad + row.to(tl.int64) * CLASSES, start, dz, inside, CLASSES, TILE)
+        store(grad + row.to(tl.int64) * CLASSES, start, dz, inside, CLASSES, TILE)

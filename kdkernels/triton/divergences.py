@@ -46,8 +46,8 @@ def terms(
         to_t = _times(pt, d)
         return tl.where(near, ps * (e * x - w), to_t - change), -change, to_t, ps, pt
     elif KIND == "cross_entropy":
-        value = _times(pt, log_s - us)
-        return value, -change, value, ps, pt
+        # Any multiple of pt may be left out of the derivative: without log_s it cancels less.
+        return _times(pt, log_s - us), -change, _times(pt, -us), ps, pt
     elif KIND == "reverse_kl":
         to_s = -_times(ps, d)
         return tl.where(near, ps * w, to_s + change), to_s, change, ps, pt
@@ -146,6 +146,29 @@ def renyi_mixture(log_ps, log_pt, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def _renyi_centre(top):
+    return tl.where(tl.abs(top) == float("inf"), 0.0, top)
+
+
+@triton.jit
+def renyi_grow(top, total, log_ps, log_pt, ALPHA: tl.constexpr):
+    """The mixture's maximum, and its sum about that, by one more tile."""
+    mix = renyi_mixture(log_ps, log_pt, ALPHA)
+    old = top
+    top = tl.maximum(top, tl.max(mix, axis=1, keep_dims=True))
+    centre = _renyi_centre(top)
+    total = total * tl.exp(old - centre) + tl.sum(tl.exp(mix - centre), axis=1, keep_dims=True)
+    return top, total
+
+
+@triton.jit
+def renyi_log_sum(alpha_divergence, top, total, ALPHA: tl.constexpr):
+    """Of the whole mixture; by the alpha divergence where student and teacher are close."""
+    excess = ALPHA * (ALPHA - 1) * alpha_divergence
+    return tl.where(tl.abs(excess) < 0.5, log1p(excess), _renyi_centre(top) + tl.log(total))
+
+
+@triton.jit
 def renyi_gradients(log_ps, log_pt, d, log_sum, ALPHA: tl.constexpr):
     """Per class to both (tempered) logits: ``p_s - w`` and ``alpha / (alpha - 1) (w - p_t)``.
 
@@ -157,3 +180,22 @@ def renyi_gradients(log_ps, log_pt, d, log_sum, ALPHA: tl.constexpr):
     gu = tl.where(to_s <= 0, -ps, w) * expm1(-tl.abs(to_s))
     gv = tl.where(to_t <= 0, pt, -w) * expm1(-tl.abs(to_t))
     return gu, ALPHA / (ALPHA - 1) * gv
+
+
+@triton.jit
+def gradients(
+    us, ut, dz, delta, log_s, log_t, inv_sum_s, inv_sum_t, sum_s, sum_t, log_sum,
+    KIND: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.constexpr,
+):  # fmt: skip
+    """Per class: to both (tempered) logits, by the sums of the row's derivatives; p_s, p_t."""
+    if KIND == "renyi":
+        gu, gv = renyi_gradients(us - log_s, ut - log_t, dz - delta, log_sum, ALPHA)
+        ps, pt = tl.exp(us) * inv_sum_s, tl.exp(ut) * inv_sum_t
+    else:
+        _, gu, gv, ps, pt = terms(
+            us, ut, dz, delta, log_s, log_t, inv_sum_s, inv_sum_t, KIND, ALPHA, BETA
+        )
+        gv -= pt * sum_t
+        if KIND != "forward_kl" and KIND != "cross_entropy":  # whose sum is 0
+            gu -= ps * sum_s
+    return gu, gv, ps, pt

@@ -14,8 +14,7 @@ from kdkernels.ops.ensemble import GRAD_WEIGHTS, compute_dtype
 from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
 from kdkernels.triton.ensemble_kernel import ensemble_kernel
-from kdkernels.triton.layout import common_unit, options, row_layout, tile
-from kdkernels.triton.rowwise import _addressable
+from kdkernels.triton.layout import addressable, common_unit, options, row_layout, tile
 
 
 def arguments(
@@ -128,10 +127,10 @@ def _ensemble(
         counts = labels != choices.ignore_index
         valid = counts if mask is None else mask & counts
     elif labels is not None:
-        labels = _addressable(labels)
+        labels = addressable(labels)
     with torch.cuda.device_of(student):
         launch = arguments(
-            _addressable(student), _alike(teachers), labels, valid, row_weight, temperatures,
+            addressable(student), _alike(teachers), labels, valid, row_weight, temperatures,
             teacher_temperatures, weights, mixture, numbers, choices, grads,
         )  # fmt: skip
         if launch["rows"]:

@@ -21,40 +21,39 @@ import triton.language as tl
 from kdkernels.triton.divergences import terms
 from kdkernels.triton.layout import row_start
 from kdkernels.triton.math import log1p, minus_log1p
-from kdkernels.triton.rowwise_kernel import (
+from kdkernels.triton.rowwise.cross_entropy import label_probabilities, store_student
+from kdkernels.triton.sweep import (
     HALF_BOOST,
-    _centred,
-    _change,
-    _finite,
-    _load,
-    _max,
-    _store,
-    _store_student,
-    _sum,
-    _target,
+    centred,
+    exp_change,
+    finite_top,
+    load,
+    row_max,
+    row_sum,
+    store,
 )
 
 
 @triton.jit
 def _student(s_row, live, inv_s, ACC: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr):
     """The student's maximum, and its sums of exponentials at its temperature and at 1."""
-    s = _load(s_row, 0, live, -float("inf"), ACC, CLASSES, TILE)
-    raw = _max(s)
-    es, e1 = tl.exp((s - _finite(raw)) * inv_s), tl.exp(s - _finite(raw))
+    s = load(s_row, 0, live, -float("inf"), ACC, CLASSES, TILE)
+    raw = row_max(s)
+    es, e1 = tl.exp((s - finite_top(raw)) * inv_s), tl.exp(s - finite_top(raw))
     for start in range(TILE, CLASSES, TILE):
-        s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        s = load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
         old = raw
-        raw = tl.maximum(raw, _max(s))
-        top = _finite(raw)
+        raw = tl.maximum(raw, row_max(s))
+        top = finite_top(raw)
         es = es * tl.exp((old - top) * inv_s) + tl.exp((s - top) * inv_s)
         e1 = e1 * tl.exp(old - top) + tl.exp(s - top)
-    return _finite(raw), _sum(es), _sum(e1)
+    return finite_top(raw), row_sum(es), row_sum(e1)
 
 
 @triton.jit
 def _teacher(t_row, start, s, look, live, ACC: tl.constexpr, CLASSES: tl.constexpr,
              TILE: tl.constexpr):  # fmt: skip
-    return tl.where(look, _load(t_row, start, live & look, -float("inf"), ACC, CLASSES, TILE), s)
+    return tl.where(look, load(t_row, start, live & look, -float("inf"), ACC, CLASSES, TILE), s)
 
 
 @triton.jit
@@ -63,28 +62,28 @@ def _measure(
     SAME: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A teacher's maximum and sum of exponentials, and the difference of the log-normalisers."""
-    s = _load(s_row, 0, live, -float("inf"), ACC, CLASSES, TILE)
+    s = load(s_row, 0, live, -float("inf"), ACC, CLASSES, TILE)
     t = _teacher(t_row, 0, s, look, live, ACC, CLASSES, TILE)
-    raw = _max(t)
-    top = _finite(raw)
-    us, ut, dz = _centred(s, t, top_s, top, inv_s, inv_t, SAME)
+    raw = row_max(t)
+    top = finite_top(raw)
+    us, ut, dz = centred(s, t, top_s, top, inv_s, inv_t, SAME)
     es, et = tl.exp(us), tl.exp(ut)
-    change = _change(es, et, dz)
+    change = exp_change(es, et, dz)
     for start in range(TILE, CLASSES, TILE):
-        s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        s = load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
         t = _teacher(t_row, start, s, look, live, ACC, CLASSES, TILE)
         old = raw
-        raw = tl.maximum(raw, _max(t))
-        top = _finite(raw)
+        raw = tl.maximum(raw, row_max(t))
+        top = finite_top(raw)
         move = (old - top) * inv_t
         factor = tl.exp(move)
-        us, ut, dz = _centred(s, t, top_s, top, inv_s, inv_t, SAME)
+        us, ut, dz = centred(s, t, top_s, top, inv_s, inv_t, SAME)
         tile_s, tile_t = tl.exp(us), tl.exp(ut)
-        change = change * factor + es * _change(1.0 + 0 * factor, factor, move)
-        change += _change(tile_s, tile_t, dz)
+        change = change * factor + es * exp_change(1.0 + 0 * factor, factor, move)
+        change += exp_change(tile_s, tile_t, dz)
         es, et = es + tile_s, et * factor + tile_t
-    sum_t = _sum(et)
-    ratio = _sum(change) / sum_s
+    sum_t = row_sum(et)
+    ratio = row_sum(change) / sum_s
     close = tl.abs(ratio) < 0.5
     delta = tl.where(close, log1p(tl.where(close, ratio, 0.0)), tl.log(sum_t) - tl.log(sum_s))
     return top, sum_t, delta
@@ -208,8 +207,10 @@ def ensemble_kernel(
     if CE and PROBABILITIES:
         totals = tl.zeros((ROWS, TILE), ACC)
         for start in range(0, CLASSES, TILE):
-            totals += _target(l_row, label, start, live, smooth, True, ACC, CLASSES, TILE)
-        target_sum = _sum(totals)
+            totals += label_probabilities(
+                l_row, label, start, live, smooth, True, ACC, CLASSES, TILE
+            )  # fmt: skip
+        target_sum = row_sum(totals)
 
     factor = out if not HALF_S else tl.full((1, 1), HALF_BOOST, ACC)
     nothing = row < 0
@@ -217,16 +218,18 @@ def ensemble_kernel(
     products = tl.zeros((ROWS, TILE), ACC)
     slope_s = tl.zeros((ROWS, 1), ACC)
     for start in range(0, CLASSES, TILE):
-        s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+        s = load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
         target = s
         if CE:
-            target = _target(l_row, label, start, live, smooth, PROBABILITIES, ACC, CLASSES, TILE)
+            target = label_probabilities(
+                l_row, label, start, live, smooth, PROBABILITIES, ACC, CLASSES, TILE
+            )  # fmt: skip
             products += tl.where(target != 0, target * (s - top_s), 0.0)
         gap = tl.zeros((ROWS, TILE), ACC)
         q = tl.zeros((ROWS, TILE), ACC)
         for m in tl.static_range(M):
             t = _teacher(teachers[m] + t_offset, start, s, looks[m], live, ACC, CLASSES, TILE)
-            us, ut, dz = _centred(s, t, top_s, tops[m], inv_s, inv_t, SAME)
+            us, ut, dz = centred(s, t, top_s, tops[m], inv_s, inv_t, SAME)
             value, gs, gt, _, pt = terms(
                 us, ut, dz, deltas[m], log_s, logs[m], inv_sum_s, invs[m], "forward_kl", 0.0, 0.0
             )
@@ -234,28 +237,28 @@ def ensemble_kernel(
             if MIXTURE:
                 q += ws[m] * pt
             else:
-                values = _put(values, m, _sum(value), M)
+                values = _put(values, m, row_sum(value), M)
                 if TEACHER_SIDE:
-                    centres = _put(centres, m, _sum(gt), M)
+                    centres = _put(centres, m, row_sum(gt), M)
         if MIXTURE:
             us = (s - top_s) * inv_s
             d, value = _mixed(us, log_s, inv_sum_s, q, gap)
-            mixture_value += _sum(value)
+            mixture_value += row_sum(value)
             if TEACHER_SIDE:
-                slope_s -= _sum(tl.where(us == -float("inf"), 0.0, gap * us))
+                slope_s -= row_sum(tl.where(us == -float("inf"), 0.0, gap * us))
                 for m in tl.static_range(M):
                     t = _teacher(
                         teachers[m] + t_offset, start, s, looks[m], live, ACC, CLASSES, TILE
                     )
-                    us, ut, dz = _centred(s, t, top_s, tops[m], inv_s, inv_t, SAME)
+                    us, ut, dz = centred(s, t, top_s, tops[m], inv_s, inv_t, SAME)
                     _, gs, _, _, pt = terms(
                         us, ut, dz, deltas[m], log_s, logs[m], inv_sum_s, invs[m], "forward_kl",
                         0.0, 0.0,
                     )  # fmt: skip
-                    values = _put(values, m, _sum(-gs * d), M)
-                    centres = _put(centres, m, _sum(pt * d), M)
+                    values = _put(values, m, row_sum(-gs * d), M)
+                    centres = _put(centres, m, row_sum(pt * d), M)
         if grad_student is not None:
-            _store_student(
+            store_student(
                 grad_student + row.to(tl.int64) * CLASSES, start, s, -gap, target,
                 scale * inv_s * factor, ce * factor, top_s, inv_sum_1, target_sum, nothing, live,
                 inside, True, CE, CLASSES, TILE,
@@ -275,7 +278,7 @@ def ensemble_kernel(
     finite = scale * kd_value
     too_large = nothing
     if CE:
-        cross_entropy = tl.log(sum_1) * target_sum - _sum(products)
+        cross_entropy = tl.log(sum_1) * target_sum - row_sum(products)
         too_large = cross_entropy == float("inf")
         finite += ce * tl.where(too_large, 0.0, cross_entropy)
     row_loss = finite * weight
@@ -287,7 +290,7 @@ def ensemble_kernel(
         slope_t = tl.zeros((ROWS, 1), ACC)
         slope_s = tl.where(infinite, 0.0, slope_s)
         for start in range(0, CLASSES, TILE):
-            s = _load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
+            s = load(s_row, start, live, -float("inf"), ACC, CLASSES, TILE)
             d = s
             if MIXTURE:
                 gap = tl.zeros((ROWS, TILE), ACC)
@@ -296,7 +299,7 @@ def ensemble_kernel(
                     t = _teacher(
                         teachers[m] + t_offset, start, s, looks[m], live, ACC, CLASSES, TILE
                     )
-                    us, ut, dz = _centred(s, t, top_s, tops[m], inv_s, inv_t, SAME)
+                    us, ut, dz = centred(s, t, top_s, tops[m], inv_s, inv_t, SAME)
                     _, gs, _, _, pt = terms(
                         us, ut, dz, deltas[m], log_s, logs[m], inv_sum_s, invs[m], "forward_kl",
                         0.0, 0.0,
@@ -306,7 +309,7 @@ def ensemble_kernel(
                 d, _ = _mixed((s - top_s) * inv_s, log_s, inv_sum_s, q, gap)
             for m in tl.static_range(M):
                 t = _teacher(teachers[m] + t_offset, start, s, looks[m], live, ACC, CLASSES, TILE)
-                us, ut, dz = _centred(s, t, top_s, tops[m], inv_s, inv_t, SAME)
+                us, ut, dz = centred(s, t, top_s, tops[m], inv_s, inv_t, SAME)
                 value, gs, gt, _, pt = terms(
                     us, ut, dz, deltas[m], log_s, logs[m], inv_sum_s, invs[m], "forward_kl", 0.0,
                     0.0,
@@ -315,14 +318,14 @@ def ensemble_kernel(
                 moves = moves & looks[m]
                 gv = (pt * d if MIXTURE else gt) - pt * centres[m]
                 gv = tl.where(moves, ws[m] * gv, 0.0)
-                slope_t += _sum(tl.where(ut == -float("inf"), 0.0, gv * ut))
+                slope_t += row_sum(tl.where(ut == -float("inf"), 0.0, gv * ut))
                 if not MIXTURE:
                     gu = tl.where(moves, ws[m] * gs, 0.0)
-                    slope_s += _sum(tl.where(us == -float("inf"), 0.0, gu * us))
+                    slope_s += row_sum(tl.where(us == -float("inf"), 0.0, gu * us))
                 if grad_teachers is not None:
                     t_grad = grad_teachers + (row + m * rows.to(tl.int64)) * CLASSES
                     grad = tl.where(live & moves, gv * t_factor, 0.0)
-                    _store(t_grad, start, grad, inside, CLASSES, TILE)
+                    store(t_grad, start, grad, inside, CLASSES, TILE)
         if row_grads is not None:
             at = row_grads + row
             stride = rows.to(tl.int64)

@@ -79,6 +79,10 @@ def row_layout(x: Tensor) -> Layout | None:
     return Layout(max(inner, 1), outer_stride, inner_stride)
 
 
+def addressable(x: Tensor) -> Tensor:
+    return x if row_layout(x) is not None else x.contiguous()
+
+
 def common_unit(*layouts: Layout) -> int:
     """The largest power of two up to 16 that divides all strides.
 

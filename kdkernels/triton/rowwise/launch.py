@@ -9,26 +9,28 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
-from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers
+from kdkernels.divergences import KINDS, REDUCTIONS, TARGETS, Choices, Numbers
 from kdkernels.ops.rowwise import (
+    GRAD_PARTS,
     GRAD_ROWS,
     GRAD_STUDENT,
     GRAD_TEACHER,
     compute_dtype,
 )
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
-from kdkernels.triton.layout import common_unit, options, row_layout, tile
-from kdkernels.triton.rowwise_kernel import rowwise_kernel
+from kdkernels.triton.layout import addressable, common_unit, options, row_layout, tile
+from kdkernels.triton.rowwise.kernel import rowwise_kernel
 
 
 def arguments(
     student: Tensor,  # (..., C), rows as layout.row_layout takes them
-    teacher: Tensor,  # (..., C), likewise
+    teacher: Tensor,  # (..., C) or the divergence's classes, likewise
     labels: Tensor | None,  # (N,) int64 or (..., C) probabilities
     valid: Tensor | None,  # (N,) bool
     row_weight: Tensor | None,  # (N,)
     temperatures: Tensor | None,  # (1,) or (N,)
     teacher_temperatures: Tensor | None,
+    targets: Tensor | None,  # (N,) int64, where the loss looks at the target
     numbers: Numbers,
     choices: Choices,
     grads: int,
@@ -49,13 +51,19 @@ def arguments(
         numbers = numbers._replace(teacher_temperature=numbers.temperature)
         teacher_temperatures = temperatures
     reduction = REDUCTIONS[choices.reduction]
-    divisor = classes if reduction == "mean" else 1
+    first, last = choices.first, choices.first + (choices.width or classes)
+    divisor = last - first if reduction == "mean" else 1
     count = None
     if reduction in ("batchmean", "mean"):
         if valid is None:
             divisor *= max(rows, 1)
         else:
             count = valid.sum()
+    # Without its weight the divergence is not looked at, and no target either.
+    kd = numbers.kd_weight != 0 or numbers.target_weight != 0
+    target = TARGETS[choices.target] if kd else "ordinary"
+    narrow = teacher.shape[-1] != classes
+    parts = bool(grads & GRAD_PARTS)
     grad_student = None
     if grads & GRAD_STUDENT:
         grad_student = student if inplace else student.new_empty(student.shape)
@@ -63,6 +71,7 @@ def arguments(
         "student": student,
         "teacher": teacher,
         "labels": labels if ce else None,
+        "targets": targets if target != "ordinary" else None,
         "valid": valid,
         "row_weight": row_weight,
         "temperatures": temperatures,
@@ -71,7 +80,9 @@ def arguments(
         "loss": student.new_empty(rows, dtype=dtype),
         "grad_student": grad_student,
         "grad_teacher": teacher.new_empty(teacher.shape) if grads & GRAD_TEACHER else None,
-        "row_grads": student.new_empty((4, rows), dtype=dtype) if grads & GRAD_ROWS else None,
+        "row_grads": (
+            student.new_empty((6 if parts else 4, rows), dtype=dtype) if grads & GRAD_ROWS else None
+        ),
         "rows": rows,
         **{
             f"{side}_{name}": value
@@ -87,17 +98,27 @@ def arguments(
         "kd_weight": numbers.kd_weight,
         "ce_weight": numbers.ce_weight,
         "smoothing": numbers.label_smoothing,
+        "target_weight": numbers.target_weight,
+        "target_temperature": numbers.target_temperature,
         "normaliser": 1.0 / divisor,
         "KIND": KINDS[choices.kind],
         "ALPHA": numbers.alpha,
         "BETA": numbers.beta,
-        "KD": numbers.kd_weight != 0,
+        "TARGET": target,
+        "STANDARDIZE": bool(choices.standardize),
+        "FIRST": first,
+        "LAST": last,
+        "T_FIRST": first if narrow else 0,
+        "T_LAST": last if narrow else classes,
+        "KD": kd,
         "CE": ce,
         "PROBABILITIES": probabilities,
-        "SAME": same,
+        # Standardised, the rows have temperatures of their own.
+        "SAME": same and not choices.standardize,
         "T2": bool(choices.t2),
         "SCALAR_S": temperatures is not None and temperatures.numel() == 1,
         "SCALAR_T": teacher_temperatures is not None and teacher_temperatures.numel() == 1,
+        "PARTS": parts,
         "HALF_S": student.dtype == torch.float16,
         "HALF_T": teacher.dtype == torch.float16,
         "INPLACE": inplace,
@@ -110,13 +131,9 @@ def arguments(
     }
 
 
-def _addressable(x: Tensor) -> Tensor:
-    return x if row_layout(x) is not None else x.contiguous()
-
-
 def _launch(
     student, teacher, numbers, choices, grads, labels=None, mask=None, row_weight=None,
-    temperatures=None, teacher_temperatures=None, *, inplace=False,
+    temperatures=None, teacher_temperatures=None, targets=None, *, inplace=False,
 ):  # fmt: skip
     """Run the kernel; return its outputs, those not asked for of size 0."""
     numbers, choices = Numbers(*numbers), Choices(*choices)
@@ -125,11 +142,11 @@ def _launch(
         counts = labels != choices.ignore_index
         valid = counts if mask is None else mask & counts
     elif labels is not None:
-        labels = _addressable(labels)
+        labels = addressable(labels)
     with torch.cuda.device_of(student):
         launch = arguments(
-            _addressable(student), _addressable(teacher), labels, valid, row_weight,
-            temperatures, teacher_temperatures, numbers, choices, grads, inplace,
+            addressable(student), addressable(teacher), labels, valid, row_weight,
+            temperatures, teacher_temperatures, targets, numbers, choices, grads, inplace,
         )  # fmt: skip
         if launch["rows"]:
             rowwise_kernel[(triton.cdiv(launch["rows"], launch["ROWS"]),)](**launch)
