@@ -145,6 +145,41 @@ def test_minus_infinity(name, off, backend, device):
         assert rows[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["dkd_loss", "nkd_loss"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_bad_target_stays_in_its_row(name, side, bad, backend, device):
+    inputs = LOSSES[name].inputs(4, 30, device=device)
+    inputs[side][1, inputs["labels"][1]] = bad
+    rows = LOSSES[name](inputs, reduction="none", backend=backend)
+    assert rows.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_excluded_target_keeps_its_gradient(dtype, backend, device):
+    inputs = LOSSES["dkd_loss"].inputs(3, 8, dtype=dtype, device=device)
+    inputs["student"][1, inputs["labels"][1]] = -math.inf
+    inputs["student"].requires_grad_()
+    exact = leaves(inputs, torch.float64)
+    value = kd.dkd_loss(**inputs, reduction="sum", backend=backend)
+    wanted = kd.dkd_loss(**exact, reduction="sum", backend="reference")
+    assert value.isposinf() and wanted.isposinf()
+    (gradient,) = torch.autograd.grad(value, inputs["student"])
+    (expected,) = torch.autograd.grad(wanted, exact["student"])
+    assert relative_errors(gradient, expected)[0] < (1e-6 if dtype == torch.float32 else 1e-3)
+    # Without its weight it is not looked at.
+    assert kd.dkd_loss(**inputs, alpha=0.0, backend=backend).isfinite()
+
+
+def test_parts_without_their_weights(backend, device):
+    inputs = LOSSES["dkd_loss"].inputs(6, 20, dtype=torch.float64, device=device)
+    expected = kd.dkd_loss(**inputs, backend=backend, return_parts=True)
+    for weights in ({"beta": 0.0}, {"alpha": 0.0}):
+        parts = kd.dkd_loss(**inputs, **weights, backend=backend, return_parts=True)
+        close(parts.target, expected.target)
+        close(parts.non_target, expected.non_target)
+
+
 @targeted
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("soft", [False, True], ids=["classes", "probabilities"])

@@ -92,7 +92,7 @@ def rowwise(
             bad = bad + ~known.any(-1)
         bad = bad > 0
         own_infinite, others_infinite = own_infinite & ~bad, others_infinite & ~bad
-        infinite = own_infinite | others_infinite
+        infinite = (own_infinite & (torch.as_tensor(own_weight) != 0)) | others_infinite
         rows = rows + torch.where(infinite, kept, distilled)
         if form == "separate":
             own, too_large = targets.cross_entropy(Softmax(student, 1.0), student, target, 0.0)

@@ -10,6 +10,7 @@ void reduce(Row<S>& r) {
     const S* s = r.student.get(first, n);
     const S* t = r.teacher.get(first, n);
     const Scalars<S> k = r.k;
+    const S origin_s = r.origin_s(), origin_t = r.origin_t();
     exponentials(r, n, s, t);
     V value{}, student{}, teacher{}, p_s{}, p_t{}, slope_s{}, slope_t{}, leaning_s{}, leaning_t{};
     sweep<V>(n, [&](int i, auto w) {
@@ -19,7 +20,7 @@ void reduce(Row<S>& r) {
       value += c.value, student += c.student, teacher += c.teacher;
       p_s += c.p_s, p_t += c.p_t;
       if (slopes) {
-        const V us = zs - k.max_s, ut = zt - k.max_t;
+        const V us = zs - origin_s, ut = zt - origin_t;
         slope_s += c.student * us, leaning_s += c.p_s * us;
         slope_t += c.teacher * ut, leaning_t += c.p_t * ut;
       }

@@ -79,6 +79,9 @@ struct Row {
     if (p.target != Target::ordinary) target = p.targets[i] - p.first;
   }
   bool target_known() const { return target >= 0 && target < classes; }
+  // What slopes are taken about. du sums to 0, so that it matters to the rounding alone.
+  S origin_s() const { return p.standardize ? S(student.mean) : k.max_s; }
+  S origin_t() const { return p.standardize ? S(teacher.mean) : k.max_t; }
   bool target_hidden() const { return student.patched >= 0; }
   void temper(double tau_s, double tau_t) {
     k.inv_ts = S(1 / tau_s), k.inv_tt = S(1 / tau_t);

@@ -47,6 +47,9 @@ inline double exact_range_of(const RowwiseParams& p) {
 
 // Whether the fp32 measures hold; NaN and rows without a finite class do not.
 inline bool is_exact(const Row<float>& r, double range, bool zero_teacher) {
+  const auto usual = [](float z) { return z > floor_of<float> && z < -floor_of<float>; };
+  if (r.target_hidden() && !(usual(r.student.at(r.target)) && usual(r.teacher.at(r.target))))
+    return false;
   return r.highest < range && (r.lowest > -range || zero_teacher) && r.sum_s < beyond &&
          r.sum_t < beyond && r.k.max_s > floor_of<float> && r.k.max_t > floor_of<float>;
 }
@@ -97,9 +100,9 @@ void finish(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   if (!gradients) return;
   const auto add_target = [&](double tilt_s, double tilt_t) {
     if (r.shift_s != 0)
-      r.slope_s += r.shift_s * ((double)r.student.at(r.target) - r.k.max_s - tilt_s);
+      r.slope_s += r.shift_s * ((double)r.student.at(r.target) - r.origin_s() - tilt_s);
     if (r.shift_t != 0)
-      r.slope_t += r.shift_t * ((double)r.teacher.at(r.target) - r.k.max_t - tilt_t);
+      r.slope_t += r.shift_t * ((double)r.teacher.at(r.target) - r.origin_t() - tilt_t);
   };
   if (p.standardize && !infinite) {
     add_target(0, 0);
@@ -118,7 +121,7 @@ void finish(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
 
 template <template <class> class Path, class S>
 void finish_kind(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
-  if (r.share == 0) return finish<Nothing, true>(r, ce, scaling);
+  if (r.share == 0 && !r.p.parts) return finish<Nothing, true>(r, ce, scaling);
   if constexpr (sizeof(S) == 8) {
     const double spread = r.highest > -r.lowest ? r.highest : -r.lowest;
     if (r.p.kind == Kind::renyi && spread * (r.p.alpha > 1 ? r.p.alpha : 1) > exact_range / 2)
@@ -213,7 +216,7 @@ Own account(Row<S>& r, CrossEntropyRow<S>& ce) {
   }
   if (p.target == Target::decoupled) {
     const Decoupled own = decoupled_of(r, others_s, others_t);
-    r.infinite = own.value > beyond;
+    r.infinite = p.target_weight != 0 && own.value > beyond;
     r.shift_s = p.target_weight * own.slope_s, r.shift_t = p.target_weight * own.slope_t;
     return {own.value, p.target_weight};
   }

@@ -55,6 +55,7 @@ template <class S>
 Normaliser<S> with_target(const Row<S>& r, const Side<S>& side, S max, double plain) {
   if (side.patched < 0 || r.p.target == Target::tempered) return {max, plain};
   const double z = side.at(side.patched);
+  if (z != z) return {S(z), z};
   if (!(z > floor_of<S>)) return {max, max > floor_of<S> ? plain : 0};
   if (!(max > floor_of<S>)) return {S(z), 1};
   if (z <= max) return {max, plain + __builtin_exp(z - max)};
@@ -68,6 +69,7 @@ Decoupled decoupled_of(Row<S>& r, bool others_s, bool others_t) {
   const double infinity = __builtin_inf();
   const auto odds = [&](double z, bool others, double max, double inverse, double sum) {
     if (!(z > floor_of<S>)) return z != z ? z : others ? -infinity : __builtin_nan("");
+    if (z > beyond) return __builtin_nan("");
     return others ? (z - max) * inverse - __builtin_log(sum) : infinity;
   };
   const double x_s = odds(z_s, others_s, r.k.max_s, r.k.inv_ts, r.sum_s);
