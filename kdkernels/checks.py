@@ -27,6 +27,7 @@ __all__ = [
     "number",
     "per_row",
     "raise_for_labels",
+    "targets",
     "stacked",
     "teacher_weights",
     "temperature",
@@ -130,6 +131,23 @@ def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: t
             bad = value.detach()[~good][0].item()
             raise ValueError(f"{name}: {argument} must be positive and finite, got {bad}.")
     return 1.0, value.reshape(-1).to(dtype).contiguous()
+
+
+def targets(name: str, rows, target, first: int, width: int, ignore_index: int) -> None:
+    """The target of every row that counts, by default its label, is in the class range."""
+    target = rows.labels if target is None else target
+    if not _readable(target):
+        return
+    bad = (target < first) | (target >= first + width)
+    if rows.mask is not None:
+        bad &= rows.mask
+    if target is rows.labels:
+        bad &= target != ignore_index
+    if bad.any():
+        raise ValueError(
+            f"{name}: labels must be in class_range [{first}, {first + width}), "
+            f"got {target[bad][0].item()}."
+        )
 
 
 def class_range(name: str, value, student) -> tuple[int, int]:

@@ -47,7 +47,11 @@ def test_opcheck_scale(factor):
     torch.library.opcheck(OPS.scale_rows_.default, (torch.randn(6, 5), torch.tensor(0.5), factor))
 
 
-@pytest.mark.parametrize("name", ["kl_div", "js_div", "kd_loss", "divergence_renyi"])
+@pytest.mark.parametrize(
+    "name",
+    ["kl_div", "js_div", "kd_loss", "divergence_renyi", "kl_div_standardized", "dkd_loss",
+     "nkd_loss", "ats_loss", "wsld_loss"],
+)  # fmt: skip
 @pytest.mark.parametrize("upstream", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fullgraph(name, upstream, dtype):

@@ -79,6 +79,8 @@ def test_classes_that_are_off():
     both = inputs | {side: torch.cat([inputs[side], off], -1) for side in ("student", "teacher")}
     for side in ("student", "teacher"):
         both[side].requires_grad_()
+    for side in ("temperature", "teacher_temperature"):
+        both[side] = torch.tensor(LOSS.hyper[side], dtype=torch.float64, requires_grad=True)
     value = LOSS(both)
     torch.testing.assert_close(value, alone)
     assert all(gradient.isfinite().all() for gradient in gradients(value, both).values())

@@ -35,12 +35,6 @@ Result run(kd::RowwiseParams& p, const Tensor& student, const Tensor& teacher,
   p.teacher_classes = teacher.size(teacher.dim() - 1);
   p.teacher_first = p.teacher_classes == p.classes ? p.first : 0;
   p.targets = targets ? static_cast<const int64_t*>(targets->const_data_ptr()) : p.labels;
-  if (p.width && p.target != kd::Target::ordinary)
-    for (int64_t i = 0; i < p.rows; i++)
-      STD_TORCH_CHECK(!kd::row_counts(p, p.ignore_index, i) ||
-                          (p.targets[i] >= p.first && p.targets[i] < p.first + p.width),
-                      "labels must be in class_range [", p.first, ", ", p.first + p.width,
-                      "), got ", p.targets[i], ".");
   p.tau_s = scalar_of(temperatures, p.temperature);
   p.tau_t = p.teacher_temperature == 0 && !teacher_temperatures
                 ? p.tau_s
@@ -53,7 +47,8 @@ Result run(kd::RowwiseParams& p, const Tensor& student, const Tensor& teacher,
   const std::unique_ptr<double[]> row_loss(new double[p.rows]);
   p.parts = grads & of_parts;
   const int64_t numbers_a_row = p.parts ? 6 : 4;
-  const std::unique_ptr<double[]> row_grads(grads & of_rows ? new double[numbers_a_row * p.rows] : nullptr);
+  const std::unique_ptr<double[]> row_grads(
+      grads & of_rows ? new double[numbers_a_row * p.rows] : nullptr);
   p.row_loss = row_loss.get();
   p.row_grads = row_grads.get();
 

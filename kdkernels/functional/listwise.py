@@ -35,7 +35,8 @@ def pld_loss(
 
     Student and teacher ``(..., C)``, labels class indices ``(...)``; other arguments, result and
     errors as in :mod:`kdkernels.functional.rowwise`. Composite by design: it runs on torch's own
-    operators, and differentiates to any order. No code of the authors' was at hand: from the
+    operators, and differentiates to any order. A row at +inf (teacher mass on a class that the
+    student excludes) has a zero gradient. No code of the authors' was at hand: from the
     formula.
     """
     name = "pld_loss"

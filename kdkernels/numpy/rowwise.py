@@ -223,7 +223,8 @@ def _run(
     rows = prepare(name, student, labels, options, width)
     targets = None
     if target != "ordinary":
-        targets = _targets(name, rows.labels, rows.counts, first, width or student.shape[-1])
+        seen = (first, width) if width and target != "weighting" else (0, student.shape[-1])
+        targets = _targets(name, rows.labels, rows.counts, *seen)
 
     wide = arrays.widened(student), arrays.widened(teacher)
     n = rows.counts.size

@@ -36,8 +36,10 @@ def run(
         if labels is None:
             raise TypeError(f"{name}: labels must be a tensor, got None.")
         # Of label probabilities, the most probable class.
-        by_class = rows.labels.dtype == torch.int64
-        targets = rows.labels if by_class else rows.labels.argmax(-1).reshape(-1)
+        if rows.labels.dtype != torch.int64:
+            targets = rows.labels.argmax(-1).reshape(-1)
+        if width and target != "weighting":  # whose target is at temperature 1
+            checks.targets(name, rows, targets, first, width, ignore_index)
     numbers = Numbers(
         rows.temperature, rows.teacher_temperature, kd_weight, ce_weight, label_smoothing, alpha,
         beta, target_weight, target_temperature,

@@ -18,7 +18,7 @@ def rowwise(
     student: Tensor,  # (..., C)
     teacher: Tensor,  # (..., C), or the divergence's classes
     given,  # kdkernels.functional.rows.Rows
-    target: Tensor | None,  # (N,), where the loss looks at it
+    target: Tensor | None,  # (N,), where it is not the label
     numbers: Numbers,
     choices: Choices,
     parts: bool = False,
@@ -60,9 +60,13 @@ def rowwise(
         window = slice(first, last)
         side_s = student[:, window]
         side_t = teacher[:, window] if teacher.shape[-1] == classes else teacher
-        known = None if target is None else _is_target(target - first, last - first)
-        weight, own_weight = numbers.kd_weight, numbers.target_weight
         form = TARGETS[choices.target]
+        known = None
+        if form != "ordinary":
+            target = labels if target is None else target
+            seen = (0, classes) if form == "weighting" else (first, last)
+            known = _is_target(target - seen[0], seen[1] - seen[0])
+        weight, own_weight = numbers.kd_weight, numbers.target_weight
         if form in ("separate", "weighting"):
             log_s, log_t = (targets.log_prob(x, target) for x in (student, teacher))
             if form == "weighting":
@@ -88,7 +92,7 @@ def rowwise(
             own_weight * own if form == "decoupled" else 0.0
         )
         bad = sum((~(x < math.inf)).any(-1) | torch.isneginf(x).all(-1) for x in (side_s, side_t))
-        if target is not None:
+        if known is not None:
             bad = bad + ~known.any(-1)
         bad = bad > 0
         own_infinite, others_infinite = own_infinite & ~bad, others_infinite & ~bad

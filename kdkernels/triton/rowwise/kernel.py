@@ -129,7 +129,12 @@ def rowwise_kernel(
             label = tl.load(labels + row, mask=live, other=0)
     target, known, z_s, z_t, ratio = row, live, zero, zero, tau_t
     if TARGET != "ordinary":
-        target, known, z_s, z_t = read_target(targets + row, s_row, t_row, live, FIRST, LAST, ACC)
+        # WSLD looks at its target at temperature 1, where every class is seen.
+        SEEN_FROM: tl.constexpr = 0 if TARGET == "weighting" else FIRST
+        SEEN_TO: tl.constexpr = CLASSES if TARGET == "weighting" else LAST
+        target, known, z_s, z_t = read_target(
+            targets + row, s_row, t_row, live, SEEN_FROM, SEEN_TO, ACC
+        )
         ratio = tau_t / tl.full((1, 1), target_temperature, ACC)
     if STANDARDIZE:
         anchor_s, mean_s, divisor_s, rate_s = describe(

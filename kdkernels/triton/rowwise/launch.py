@@ -30,7 +30,7 @@ def arguments(
     row_weight: Tensor | None,  # (N,)
     temperatures: Tensor | None,  # (1,) or (N,)
     teacher_temperatures: Tensor | None,
-    targets: Tensor | None,  # (N,) int64, where the loss looks at the target
+    targets: Tensor | None,  # (N,) int64, where they are not the labels
     numbers: Numbers,
     choices: Choices,
     grads: int,
@@ -71,7 +71,7 @@ def arguments(
         "student": student,
         "teacher": teacher,
         "labels": labels if ce else None,
-        "targets": targets if target != "ordinary" else None,
+        "targets": None if target == "ordinary" else labels if targets is None else targets,
         "valid": valid,
         "row_weight": row_weight,
         "temperatures": temperatures,

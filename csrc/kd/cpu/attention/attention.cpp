@@ -84,7 +84,7 @@ struct Queries {
       : soft((const S*)rows.p.soft + sample * rows.width) {
     for (int r = 0; r < R; r++) {
       const S s_i = soft[rows.row(r)];
-      s[r] = s_i > floor_of<S> ? s_i : S(0);
+      s[r] = s_i <= floor_of<S> ? S(0) : s_i;  // NaN stays
       slope[r] = (rows.a * s[r] + rows.c[r]) * exp_rate<S>(1);
     }
   }
@@ -96,8 +96,8 @@ struct Keys {
   V s, b, barrier;
   KD_FN Keys(const S* soft, const S* by_key, int64_t j) : s(load<V>(soft + j)), b(load<V>(by_key + j)) {
     if constexpr (some_off) {
-      const auto on = s > all<V>(floor_of<S>);
-      s = select(on, s, V{}), barrier = select(on, V{}, all<V>(floor_of<S>));
+      const auto off = s <= all<V>(floor_of<S>);
+      s = select(off, V{}, s), barrier = select(off, all<V>(floor_of<S>), V{});
     }
   }
   KD_FN V score(const S* pairs, S s_i, S slope) const {
@@ -186,7 +186,7 @@ struct Saved {
     const S* g = (const S*)p.upstream + sample * p.classes;
     for (int r = 0; r < R; r++) {
       const int64_t i = rows.row(r);
-      const bool counts = rows.exists(r) && q.soft[i] > floor_of<S>;
+      const bool counts = rows.exists(r) && !(q.soft[i] <= floor_of<S>);
       shift[r] = stat<S>(p, 0, head, sample)[i];
       mean_s[r] = stat<S>(p, 2, head, sample)[i];
       centre[r] = rows.u * mean_s[r] + stat<S>(p, 3, head, sample)[i];
@@ -331,7 +331,7 @@ void teacher(const ClassAttention& p, int64_t sample) {
   const S* soft = (const S*)p.soft + sample * width;
   const S* upstream = (const S*)p.upstream + sample * p.classes;
   for (int64_t j = 0; j < p.classes; j++) {
-    const bool on = soft[j] > floor_of<S>;
+    const bool on = !(soft[j] <= floor_of<S>);
     if (on) through += (double)soft[j] * grads.data[j];
     grads.data[j] =
         on ? (S)(grads.data[j] * inverse) + (p.residual ? upstream[j] : S(0)) : S(0);

@@ -226,7 +226,8 @@ Own account(Row<S>& r, CrossEntropyRow<S>& ce) {
                                         : with_target(r, r.teacher, r.k.max_t, r.plain_t);
   if (!(ce.own.max > floor_of<S> && teacher.max > floor_of<S>)) return {__builtin_nan("")};
   const double log_s = ce.own.log_prob(ce.logit(p.targets[r.index]));
-  const double log_t = teacher.log_prob(r.teacher.at(r.target));
+  S z_t;
+  const double log_t = teacher.log_prob(*whole.get(p.targets[r.index], 1, &z_t));
   if (p.target == Target::weighting) {
     const double ratio = log_t < -beyond ? 0 : -log_s / (1e-7 - log_t);
     r.share *= -__builtin_expm1(-ratio);
@@ -240,7 +241,11 @@ template <template <class> class Path, class S>
 void finish_row(Row<S>& r, double tau_s, double tau_t) {
   const RowwiseParams& p = r.p;
   const double weight = get(p.row_weight, r.index), scale = p.t2 ? tau_s * tau_s : 1;
-  const bool has_target = p.target == Target::ordinary || r.target_known();
+  // WSLD looks at its target at temperature 1, where every class is seen.
+  const bool has_target = p.target == Target::ordinary ||
+                          (p.target == Target::weighting
+                               ? p.targets[r.index] >= 0 && p.targets[r.index] < p.classes
+                               : r.target_known());
   CrossEntropyRow<S> ce(r);
   Own own;
   bool sound = r.sum_s < beyond && r.sum_t < beyond && has_target &&

@@ -40,7 +40,7 @@ struct Scratch {
 
   explicit Scratch(const TopKParams& p) {
     const size_t k = p.k + 1, blocks = p.classes / block + 1, words = p.classes / 64 + 1;
-    memory = (char*)__builtin_malloc(8 * (8 * k + 2 * k + words) + 4 * (k + blocks));
+    memory = (char*)operator new(8 * (8 * k + 2 * k + words) + 4 * (k + blocks));
     double** const arrays[] = {&z, &v, &log_s, &log_t, &to_s, &to_t, &p_s, &p_t};
     char* at = memory;
     for (double** array : arrays) *array = (double*)at, at += 8 * k;
@@ -52,7 +52,7 @@ struct Scratch {
     __builtin_memset(seen, 0, 8 * words);
     __builtin_memset(head, -1, 4 * blocks);
   }
-  ~Scratch() { __builtin_free(memory); }
+  ~Scratch() { operator delete(memory); }
   Scratch(const Scratch&) = delete;
 };
 
