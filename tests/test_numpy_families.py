@@ -163,6 +163,17 @@ def test_masked_rows_are_not_read(case):
     assert equal(found.student, gradients.student) and not found.student[4:].any()
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_every_result_is_written(case, monkeypatch):
+    """Whatever lay in the memory that results are written to, and in rows that do not count."""
+    arrays, others = example(case, (6, 40), np.float32)
+    wanted = call(case, arrays, others)
+    monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 77, dtype))
+    found = call(case, arrays, others)
+    assert equal(wanted[0], found[0])
+    assert all(equal(a, b) for a, b in zip(wanted[1], found[1], strict=True))
+
+
 def test_parts_make_up_the_loss():
     arrays, others = example("dkd_loss", (6, 12), np.float64)
     others |= {"ce_weight": 0.0}
