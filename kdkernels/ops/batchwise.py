@@ -62,8 +62,8 @@ _GRAMS = (
     " Tensor? near_pd=None, Tensor? near_dd=None, Tensor? chosen=None)"
     " -> (Tensor loss, Tensor student, Tensor teacher, Tensor near)"
 )
-# The same at once, for small batches: from `soft` and the selections of rows and classes to the loss
-# and the relations' gradients (T, N, C) to p_s and p_t. Of size 0 where not asked for.
+# The same at once, for small batches: from `soft` and the selections of rows and classes to the
+# loss and the relations' gradients (T, N, C) to p_s and p_t. Of size 0 where not asked for.
 _RELATE = (
     "(Tensor soft, float[] weights, int grads, Tensor? scale=None, Tensor? samples=None,"
     " Tensor? classes=None) -> (Tensor loss, Tensor student, Tensor teacher)"
@@ -161,6 +161,10 @@ class _Dist(torch.autograd.Function):
             | GRAD_ROWS * half
         )  # fmt: skip
         loss, *gradients = operator(student, teacher, numbers, choices, grads, mask, temperature)
+        ctx.grads = grads
+        if grads == GRAD_STUDENT:
+            ctx.save_for_backward(gradients[0])
+            return loss
         ctx.save_for_backward(*gradients)
         ctx.half = half
         return loss
@@ -168,6 +172,8 @@ class _Dist(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         refuse_higher_order("dist_loss")
+        if ctx.grads == GRAD_STUDENT:
+            return scaled(*ctx.saved_tensors, upstream, None), None, None, None, None
         student, teacher, temperature, row_factor = ctx.saved_tensors
         need = ctx.needs_input_grad
         factors = row_factor if ctx.half else (None, None)
