@@ -117,10 +117,18 @@ void relate(const MlkdRelations& p, int64_t j, char* memory) {
   Relation<S> r{memory + (2 * (n + f) * 8 + 63) / 64 * 64};
   double of_near = 0, of_far = 0;
 
+  // What is left out must not hide a NaN, which is everybody's.
+  int bad = 0;
+  for (int64_t i = 0; i < size; i++) bad |= d_all[i] != d_all[i];
+  const S start = bad ? S(__builtin_nan("")) : S(0);
   const auto clear = [&](void* grad) {
-    if (grad) __builtin_memset((S*)grad + j * size, 0, size * sizeof(S));
+    for (int64_t i = 0; grad && i < size; i++) ((S*)grad)[j * size + i] = start;
   };
   clear(p.grad_student), clear(p.grad_teacher);
+  if (bad) {
+    p.loss[j] = start;
+    return;
+  }
   const auto add = [&](void* grad, const Matrix<S>& m, const int64_t* rows, const int64_t* columns) {
     S* const to = (S*)grad + j * size;
     for (int64_t i = 0; i < m.rows; i++)
