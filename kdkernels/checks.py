@@ -90,12 +90,17 @@ def logits(name: str, student, teacher, width: int | None = None) -> None:
     _same_device(name, "teacher", teacher, student)
 
 
-def stacked(name: str, argument: str, value: torch.Tensor, student) -> None:
-    """One tensor (M, ..., C) of M >= 1 times the student's shape."""
+def stacked(name: str, argument: str, value: torch.Tensor, student, width: int | None) -> None:
+    """One tensor (M, ..., C) of M >= 1 times the student's shape.
+
+    With ``width`` the last dimension may be that instead.
+    """
     _tensor(name, "student", student)
-    if value.dim() == 0 or value.shape[0] == 0 or value.shape[1:] != student.shape:
+    narrow = width is not None and value.shape[1:] == (*student.shape[:-1], width)
+    if value.dim() == 0 or value.shape[0] == 0 or (value.shape[1:] != student.shape and not narrow):
+        also = "" if width is None else f", or {width} classes"
         raise ValueError(
-            f"{name}: {argument} must have shape (M, *{tuple(student.shape)}) with M >= 1, "
+            f"{name}: {argument} must have shape (M, *{tuple(student.shape)}) with M >= 1{also}, "
             f"got {tuple(value.shape)}."
         )
 

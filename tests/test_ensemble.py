@@ -119,6 +119,66 @@ def test_one_teacher_is_kl_div(form, backend, device):
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
 
 
+RANGES = {
+    "standardized": {"standardize": True},
+    "range": {"class_range": (7, 29)},
+    "both": {"standardize": True, "class_range": (7, 29)},
+}
+
+
+@forms
+@pytest.mark.parametrize("options", RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_ranges_and_z_scores_are_rowwise(form, options, narrow, backend, device):
+    """As kd_loss has them, with a constant row, a row with less classes, and one that is masked."""
+    x = LOSSES["kl_div"].inputs(5, 40, dtype=torch.float64, device=device)
+    x["student"][1] = x["teacher"][2] = 3.0
+    x["student"][3, 9] = x["teacher"][3, 9] = -math.inf
+    x["student"][4, 9] = x["teacher"][4, 9] = math.nan
+    if narrow and "class_range" in options:
+        x["teacher"] = x["teacher"][:, slice(*options["class_range"])].clone()
+    x = {name: value.requires_grad_() for name, value in x.items()}
+    labels = torch.tensor([1, 8, 30, 39, -100], device=device)
+    smooth = torch.rand(5, 40, dtype=torch.float64, device=device).softmax(-1)
+    mask = torch.tensor([True, False, True, True, False], device=device)
+    common = options | {"temperature": 3.0, "ce_weight": 0.7, "label_smoothing": 0.1}
+    for reduction in ("none", "batchmean", "mean"):
+        for y, given in ((labels, {}), (smooth, {"mask": mask}), (labels, {"mask": mask})):
+            given = common | given | {"reduction": reduction}
+            expected = kd.kd_loss(**x, labels=y, kd_weight=1.0, backend="reference", **given)
+            wanted = gradients(expected, x)
+            for teachers in ([x["teacher"]], x["teacher"].unsqueeze(0)):
+                value = kd.multi_teacher_kl_div(
+                    x["student"], teachers, y, form=form, backend=backend, **given
+                )
+                torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-13)
+                for name, gradient in gradients(value, x).items():
+                    torch.testing.assert_close(gradient, wanted[name], rtol=1e-9, atol=1e-13)
+
+
+@dtypes
+def test_standardized_teachers(dtype, backend, device):
+    """The sum of each one's kl_div; without weight, whatever a teacher holds."""
+    x = ENSEMBLE[0].inputs(4, 30, dtype=dtype, device=device)
+    x["teachers"][1] = math.nan
+    weights = torch.tensor([0.3, 0.0, 2.0], dtype=x["teachers"].dtype, device=device)
+    options = {"temperature": 2.0, "standardize": True, "class_range": (3, 25)}
+    x = {name: value.requires_grad_() for name, value in x.items()}
+    value = kd.multi_teacher_kl_div(**x, weights=weights, backend=backend, **options)
+    exact = leaves(x, torch.float64)
+    oracle = sum(
+        weights[m].double() * kd.kl_div(exact["student"], exact["teachers"][m], **options)
+        for m in (0, 2)
+    )
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}.get(dtype, 2e-3)
+    torch.testing.assert_close(value.double(), oracle, rtol=min(tolerance, 1e-5), atol=0)
+    wanted = gradients(oracle, exact)
+    for name, gradient in gradients(value, x).items():
+        assert (gradient.double() - wanted[name]).norm() <= tolerance * wanted[name].norm(), name
+    x["teachers"] = x["student"].detach().expand(3, 4, 30)
+    assert kd.multi_teacher_kl_div(**x, backend=backend, **options) == 0
+
+
 @forms
 @dtypes
 def test_identical_logits_are_exactly_zero(form, dtype, backend, device):
@@ -427,6 +487,16 @@ BAD_CALLS = {
     "a label": (
         {"labels": torch.full((4,), 10)}, ValueError, r"labels must be in \[0, 10\) .* got 10",
     ),
+    "label beside a range": (
+        {"labels": torch.full((4,), 10), "class_range": (0, 3)}, ValueError,
+        r"labels must be in \[0, 10\) .* got 10",
+    ),
+    "range": ({"class_range": (3, 11)}, ValueError, r"class_range must be \(m, n\)"),
+    "narrow": (
+        {"class_range": (0, 3), "teachers": T[..., :4]}, ValueError,
+        "teachers must .* or 3 classes",
+    ),
+    "standardize": ({"standardize": 1}, TypeError, "standardize must be a bool"),
     "smoothing": ({"label_smoothing": 2.0}, ValueError, r"label_smoothing must be in \[0.0, 1.0"),
     "compat": ({"compat": "timm"}, ValueError, "compat must be one of paper, dgkd, okddip, got"),
 }  # fmt: skip
@@ -458,6 +528,8 @@ def test_module(backend, device):
     expected = kd.multi_teacher_kl_div(**x, weights=weights, temperature=3.0, backend=backend)
     assert torch.equal(value, expected)
     value.backward()
+    ranged = modules.MultiTeacherKLDivLoss(class_range=(7, 29), standardize=True, backend=backend)
+    assert ranged(**x).isfinite()
     assert weights.grad.abs().min() > 0 and list(module.state_dict()) == ["weights"]
     with pytest.raises(ValueError, match=r"^multi_teacher_kl_div: form must be"):
         modules.MultiTeacherKLDivLoss(form="max")

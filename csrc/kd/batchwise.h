@@ -93,4 +93,15 @@ struct MlkdGrams {
   void* near = nullptr;                                // (T, N, N), null where all is selected
 };
 
+// MLKD: the relations of a small batch and their gradients, from mlkd_softmax's result.
+struct MlkdRelations {
+  int64_t rows = 0, classes = 0, temperatures = 0;
+  bool in_double = false;
+  const void* soft = nullptr;                          // (T, 2, N, C)
+  const void *samples = nullptr, *columns = nullptr;   // (N,), (C,) 0 or 1; null: all
+  double row_weight = 0, column_weight = 0;
+  double* loss = nullptr;                              // (T,)
+  void *grad_student = nullptr, *grad_teacher = nullptr;  // (T, N, C) or null
+};
+
 }  // namespace kd

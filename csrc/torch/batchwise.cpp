@@ -99,6 +99,14 @@ std::tuple<Tensor, Tensor> mlkd_softmax(Tensor student, Tensor teacher,
   return {soft, kl};
 }
 
+void scale_weights(std::vector<double>& weights, const std::optional<Tensor>& scale) {
+  STD_TORCH_CHECK(weights.size() == 2, "kdkernels: there are two weights of relations");
+  for (int i = 0; scale && i < 2; i++)
+    weights[i] *= scale->scalar_type() == ScalarType::Double
+                      ? static_cast<const double*>(scale->const_data_ptr())[i]
+                      : static_cast<const float*>(scale->const_data_ptr())[i];
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlkd_grams(
     Tensor pd, Tensor dd, Tensor pp, std::vector<double> weights, int64_t grads,
     std::optional<Tensor> scale, std::optional<Tensor> near_pd, std::optional<Tensor> near_dd,
@@ -107,10 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlkd_grams(
   p.matrices = pd.size(0), p.size = pd.size(1);
   const ScalarType dtype = pd.scalar_type();
   p.in_double = dtype == ScalarType::Double;
-  STD_TORCH_CHECK(weights.size() == 2, "kdkernels: mlkd_grams takes two weights");
-  for (int i = 0; scale && i < 2; i++)
-    weights[i] *= p.in_double ? static_cast<const double*>(scale->const_data_ptr())[i]
-                              : static_cast<const float*>(scale->const_data_ptr())[i];
+  scale_weights(weights, scale);
   p.near_weight = weights[0], p.far_weight = weights[1];
   p.pd = pd.const_data_ptr(), p.dd = dd.const_data_ptr(), p.pp = pp.const_data_ptr();
   const std::vector<int64_t> shape{p.matrices, p.size, p.size};
@@ -140,6 +145,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlkd_grams(
   return {stored(&loss, {}, dtype), student, teacher, near};
 }
 
+std::tuple<Tensor, Tensor, Tensor> mlkd_relate(Tensor soft, std::vector<double> weights,
+                                               int64_t grads, std::optional<Tensor> scale,
+                                               std::optional<Tensor> samples,
+                                               std::optional<Tensor> classes) {
+  kd::MlkdRelations p;
+  p.temperatures = soft.size(0), p.rows = soft.size(2), p.classes = soft.size(3);
+  const ScalarType dtype = soft.scalar_type();
+  p.in_double = dtype == ScalarType::Double;
+  scale_weights(weights, scale);
+  p.row_weight = weights[0], p.column_weight = weights[1];
+  p.soft = soft.const_data_ptr();
+  if (samples) p.samples = samples->const_data_ptr();
+  if (classes) p.columns = classes->const_data_ptr();
+  Tensor student = nothing(dtype), teacher = nothing(dtype);
+  const auto gradient = [&](bool wanted, Tensor& out, void*& to) {
+    if (!wanted) return;
+    out = contiguous({p.temperatures, p.rows, p.classes}, dtype);
+    to = out.mutable_data_ptr();
+  };
+  gradient(grads & of_student, student, p.grad_student);
+  gradient(grads & of_teacher, teacher, p.grad_teacher);
+  std::vector<double> losses(p.temperatures);
+  p.loss = losses.data();
+  const auto& kernel = kd::kernels().mlkd_relate;
+  const int64_t work = p.rows * p.classes * std::min(p.rows, p.classes) / 16 + 1;
+  parallel_for(0, p.temperatures, kd::grain / work + 1,
+               [&](int64_t a, int64_t b) { kernel(p, a, b); });
+  double loss = 0;
+  for (double one : losses) loss += one;
+  if (loss < 0) loss = 0;  // of rounding: it is a sum of squares
+  return {stored(&loss, {}, dtype), student, teacher};
+}
+
 std::tuple<Tensor, Tensor> mlkd_gradient(Tensor logits, Tensor soft,
                                          std::optional<Tensor> relations, Tensor kl,
                                          Tensor row_weight, std::vector<double> temperatures,
@@ -167,5 +205,6 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("dist", TORCH_BOX(&dist));
   m.impl("mlkd_softmax", TORCH_BOX(&mlkd_softmax));
   m.impl("mlkd_grams", TORCH_BOX(&mlkd_grams));
+  m.impl("mlkd_relate", TORCH_BOX(&mlkd_relate));
   m.impl("mlkd_gradient", TORCH_BOX(&mlkd_gradient));
 }

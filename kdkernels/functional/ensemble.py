@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from kdkernels import checks, divergences, ops, reference
 from kdkernels.divergences import Choices, Numbers
 from kdkernels.functional import rowwise
-from kdkernels.functional.rows import prepare
+from kdkernels.functional.rows import Rows, prepare
 from kdkernels.ops.ensemble import compute_dtype
 from kdkernels.reference.ensemble import okddip
+from kdkernels.reference.rowwise.target import standardized
 
 
 def multi_teacher_kl_div(
@@ -32,6 +35,8 @@ def multi_teacher_kl_div(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
+    standardize: bool = False,
+    class_range: tuple[int, int] | None = None,
     backend: str = "auto",
     compat: str = "paper",
 ) -> Tensor:
@@ -58,12 +63,15 @@ def multi_teacher_kl_div(
     ``labels`` are as in :func:`kdkernels.functional.kd_loss`, and needed where ``ce_weight`` is not
     0. In a sum, an infinite divergence leaves the other teachers' gradients as they are. The other
     arguments, the result and the errors are as in :mod:`kdkernels.functional.rowwise`; there is no
-    ``inplace``.
+    ``inplace``. ``standardize`` and ``class_range`` are composed around the kernel: z-scores in
+    plain torch, a view of the classes, and the cross-entropy, which sees the logits as they are, as
+    a call of its own.
 
     compat:
         ``"paper"``: as above.
         ``"dgkd"``: its ``nn.KLDivLoss()`` averages over classes too, which divides the divergences,
-        and not the cross-entropy, by C; use weights of 1, or 0 for a teacher that is dropped.
+        and not the cross-entropy, by C (by the width of class_range); use weights of 1, or 0 for a
+        teacher that is dropped.
         ``"okddip"`` (also its DML): targets are raised by 1e-7 a class, without normalising them
         again. What this adds is formed in plain torch beside the kernel, without its exactness.
     """
@@ -74,7 +82,11 @@ def multi_teacher_kl_div(
     smoothing = checks.number(name, "label_smoothing", label_smoothing, 0.0, 1.0)
     if labels is None and ce_weight:
         raise TypeError(f"{name}: labels must be a tensor where ce_weight is not 0, got None.")
-    parts, stacked = _parts(name, student, teachers)
+    checks.flag(name, "standardize", standardize)
+    first, width = 0, None
+    if class_range is not None:
+        first, width = checks.class_range(name, class_range, student)
+    parts, stacked = _parts(name, student, teachers, width)
     dtype = compute_dtype(student, parts)
     rows = prepare(
         name, "ensemble", student, dtype, labels, temperature, teacher_temperature, scale,
@@ -85,22 +97,64 @@ def multi_teacher_kl_div(
         weights = checks.teacher_weights(name, weights, len(parts), student, dtype, mixture)
         if mixture:
             weights = weights / weights.sum(0)
+    cross_entropy = None
+    if standardize or width is not None:
+        if rows.labels is not None:
+            checks.labels(name, labels, student, ignore_index, read=True)
+            if ce_weight:
+                cross_entropy = rowwise.kd_loss(
+                    student, student.detach(), labels, ce_weight=ce_weight, kd_weight=0.0,
+                    label_smoothing=smoothing, reduction=reduction, mask=mask,
+                    ignore_index=ignore_index, row_weight=row_weight, class_range=class_range,
+                    backend=backend,
+                )  # fmt: skip
+            rows = _without_labels(rows, ignore_index)
+        ce_weight = 0.0
+        if width is not None:
+            student = student[..., first : first + width]
+            parts = [
+                t if t.shape == student.shape else t[..., first : first + width] for t in parts
+            ]
+        if standardize:
+            student, *parts = (_z_scores(x.to(dtype), rows.mask) for x in (student, *parts))
+        stacked = None
     kd_weight = 1.0 / student.shape[-1] if compat == "dgkd" else 1.0
     numbers = Numbers(rows.temperature, rows.teacher_temperature, kd_weight, ce_weight, smoothing)
     choices = Choices(t2=rows.t2, reduction=rows.reduction, ignore_index=ignore_index)
     if compat != "okddip":
-        return _run(name, student, parts, stacked, weights, rows, mixture, numbers, choices)
-    by_row = choices._replace(reduction=divergences.REDUCTIONS.index("none"))
-    loss = _run(name, student, parts, stacked, weights, rows, mixture, numbers, by_row)
-    return okddip(loss, student, parts, weights, rows, mixture, numbers, choices)
+        loss = _run(name, student, parts, stacked, weights, rows, mixture, numbers, choices)
+    else:
+        by_row = choices._replace(reduction=divergences.REDUCTIONS.index("none"))
+        loss = _run(name, student, parts, stacked, weights, rows, mixture, numbers, by_row)
+        loss = okddip(loss, student, parts, weights, rows, mixture, numbers, choices)
+    return loss if cross_entropy is None else loss + cross_entropy
 
 
-def _parts(name: str, student, teachers) -> tuple[Sequence[Tensor], Tensor | None]:
+def _without_labels(rows: Rows, ignore_index: int) -> Rows:
+    """The same rows, where labels only mask, once the classes are not all there."""
+    mask = rows.mask
+    if rows.labels.dtype == torch.int64:
+        counts = rows.labels != ignore_index
+        mask = counts if mask is None else mask & counts
+    return rows._replace(labels=None, mask=mask)
+
+
+def _z_scores(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows standardised; nothing flows back to what does not count, nor to NaN."""
+    sound = (logits < math.inf).all(-1, keepdim=True)
+    if mask is not None:
+        sound = sound & mask.view(sound.shape)
+    return torch.where(sound, standardized(torch.where(sound, logits, 0.0))[0], math.nan)
+
+
+def _parts(
+    name: str, student, teachers, width: int | None
+) -> tuple[Sequence[Tensor], Tensor | None]:
     """The M teachers (..., C), and the tensor they are parts of if a gradient is to go there."""
     if isinstance(teachers, Tensor):
-        checks.stacked(name, "teachers", teachers, student)
+        checks.stacked(name, "teachers", teachers, student, width)
         parts = teachers.unbind(0)
-        checks.logits(name, student, parts[0])
+        checks.logits(name, student, parts[0], width)
         return parts, teachers if teachers.requires_grad else None
     if not isinstance(teachers, Sequence) or not teachers:
         raise TypeError(
@@ -108,7 +162,7 @@ def _parts(name: str, student, teachers) -> tuple[Sequence[Tensor], Tensor | Non
             f"got {teachers!r:.40}."
         )
     for teacher in teachers:
-        checks.logits(name, student, teacher)
+        checks.logits(name, student, teacher, width)
         if teacher.dtype != teachers[0].dtype:
             raise TypeError(
                 f"{name}: teachers must have one dtype, got {teachers[0].dtype} and "

@@ -36,4 +36,5 @@ class MultiTeacherKLDivLoss(LossModule, function=functional.multi_teacher_kl_div
         row = torch.zeros(1, 2, device="cpu")
         label = torch.zeros(1, dtype=torch.int64, device="cpu")
         numbers = {n: 1.0 if isinstance(v, Tensor) else v for n, v in held.items()}
-        self._function(row, [row], label, **numbers | {"backend": "reference", "weights": None})
+        left = {"backend": "reference", "weights": None, "class_range": None}
+        self._function(row, [row], label, **numbers | left)

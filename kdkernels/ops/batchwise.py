@@ -24,6 +24,8 @@ from kdkernels.ops.rowwise import (
 
 GRAD_TEMPERATURE = 8
 MOST_TEMPERATURES = 16
+# Products of numbers, per temperature and Gram matrix, up to which MLKD's relations are one kernel.
+SMALL = 2**21
 
 
 class DistNumbers(NamedTuple):
@@ -59,6 +61,12 @@ _GRAMS = (
     "(Tensor pd, Tensor dd, Tensor pp, float[] weights, int grads, Tensor? scale=None,"
     " Tensor? near_pd=None, Tensor? near_dd=None, Tensor? chosen=None)"
     " -> (Tensor loss, Tensor student, Tensor teacher, Tensor near)"
+)
+# The same at once, for small batches: from `soft` and the selections of rows and classes to the
+# loss and the relations' gradients (T, N, C) to p_s and p_t. Of size 0 where not asked for.
+_RELATE = (
+    "(Tensor soft, float[] weights, int grads, Tensor? scale=None, Tensor? samples=None,"
+    " Tensor? classes=None) -> (Tensor loss, Tensor student, Tensor teacher)"
 )
 # From the relations' gradient to p_s or p_t (T, N, C), if any, and the weight of each row's KL, the
 # gradient to that side's logits; row_factor (N,) if that is fp16, else of size 0.
@@ -104,6 +112,18 @@ def _fake_grams(pd, dd, pp, weights, grads, scale=None, near_pd=None, near_dd=No
     )
 
 
+def _fake_relate(soft, weights, grads, scale=None, samples=None, classes=None):
+    shape = (soft.shape[0], *soft.shape[2:])
+    return (
+        soft.new_empty(()),
+        soft.new_empty(shape if grads & GRAD_STUDENT else (0,)),
+        soft.new_empty(shape if grads & GRAD_TEACHER else (0,)),
+    )
+
+
+torch.library.define(f"{NAMESPACE}::mlkd_relate", _RELATE)
+torch.library.register_fake(f"{NAMESPACE}::mlkd_relate", _fake_relate)
+
 for _name, _schema, _fake in (
     ("dist", _DIST, _fake_dist),
     ("mlkd_softmax", _SOFTMAX, _fake_softmax),
@@ -141,6 +161,10 @@ class _Dist(torch.autograd.Function):
             | GRAD_ROWS * half
         )  # fmt: skip
         loss, *gradients = operator(student, teacher, numbers, choices, grads, mask, temperature)
+        ctx.grads = grads
+        if grads == GRAD_STUDENT:
+            ctx.save_for_backward(gradients[0])
+            return loss
         ctx.save_for_backward(*gradients)
         ctx.half = half
         return loss
@@ -148,6 +172,8 @@ class _Dist(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         refuse_higher_order("dist_loss")
+        if ctx.grads == GRAD_STUDENT:
+            return scaled(*ctx.saved_tensors, upstream, None), None, None, None, None
         student, teacher, temperature, row_factor = ctx.saved_tensors
         need = ctx.needs_input_grad
         factors = row_factor if ctx.half else (None, None)
@@ -187,23 +213,29 @@ class Relations(NamedTuple):
     classes: Tensor | None  # (C,)
 
 
-def _relate(grams, soft, relations: Relations, need):
+def _relate(triton: bool, soft, relations: Relations, need):
     """The loss of the relations, and its gradients to the probabilities (T, N, C) where needed.
 
     Both kinds by the smaller Gram matrices; where there are fewer classes than samples, rows and
     columns change their parts.
     """
-    p, d = soft[:, 0], soft[:, 1]
+    grads = GRAD_STUDENT * need[0] | GRAD_TEACHER * need[1]
     weights, scale, near, far = relations[1:]
+    rows, classes = soft.shape[2:]
+    if not triton and rows * classes * min(rows, classes) <= SMALL:
+        loss, *gradients = _ops.mlkd_relate.default(soft, weights, grads, scale, near, far)
+        return loss, [g if need[i] else None for i, g in enumerate(gradients)]
+    grams = _ops.mlkd_grams_triton if triton else _ops.mlkd_grams
+    p, d = soft[:, 0], soft[:, 1]
     wide = p.shape[1] <= p.shape[2]
     if not wide:
         p, d, weights, near, far = p.mT, d.mT, weights[::-1], far, near
         scale = None if scale is None else scale.flip(0)
     of_near = (None, None) if near is None else (p @ d.mT, d @ d.mT)
     p_far, d_far = (p, d) if far is None else (p * far, d * far)
-    loss, student, teacher, of_rows = grams(
+    loss, student, teacher, of_rows = grams.default(
         p_far @ d_far.mT, d_far @ d_far.mT, p_far @ p_far.mT, weights,
-        GRAD_STUDENT * need[0] | GRAD_TEACHER * need[1], scale, *of_near, near,
+        grads, scale, *of_near, near,
     )  # fmt: skip
     gradients = [None, None]
     for side, matrices in enumerate((student, teacher)):
@@ -220,14 +252,13 @@ def _mlkd(backend, student, teacher, mask, temperatures, relations: Relations, n
     """The loss and its gradients with what fp16 gradients lack."""
     triton = backend == "triton"
     softmax = _ops.mlkd_softmax_triton if triton else _ops.mlkd_softmax
-    grams = _ops.mlkd_grams_triton if triton else _ops.mlkd_grams
     gradient = _ops.mlkd_gradient_triton if triton else _ops.mlkd_gradient
     soft, kl = softmax.default(student, teacher, temperatures, mask)
     weight = relations.row_weight
     loss = torch.where(weight != 0, weight * kl, 0.0).sum()
     to_probabilities = None, None
     if any(relations.weights):
-        value, to_probabilities = _relate(grams.default, soft, relations, need)
+        value, to_probabilities = _relate(triton, soft, relations, need)
         loss = loss + value
     found = []
     for side in (0, 1):

@@ -94,8 +94,11 @@ class _Ensemble(torch.autograd.Function):
             student, teachers, mixture, numbers, choices, grads, labels, mask, row_weight,
             temperatures, teacher_temperatures, weights,
         )  # fmt: skip
+        ctx.call = name, stacked, grads
+        if grads == GRAD_STUDENT:
+            ctx.save_for_backward(grad_student)
+            return loss
         ctx.save_for_backward(grad_student, grad_teachers, rows)
-        ctx.call = name, stacked
         ctx.half, ctx.one_tau = half, numbers[1] == 0
         ctx.one_temperature = tuple(
             t is not None and t.numel() == 1 for t in (temperatures, teacher_temperatures)
@@ -105,11 +108,14 @@ class _Ensemble(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        name, stacked = ctx.call
+        name, stacked, grads = ctx.call
         refuse_higher_order(name)
-        student, teachers, rows = ctx.saved_tensors
         need = ctx.needs_input_grad
         gradients = [None] * len(need)
+        if grads == GRAD_STUDENT:
+            gradients[0] = scaled(*ctx.saved_tensors, upstream, None)
+            return tuple(gradients)
+        student, teachers, rows = ctx.saved_tensors
         if need[0]:
             gradients[0] = scaled(student, upstream, rows[3] if ctx.half[0] else None)
         if any(need[_OTHERS:]):
