@@ -27,8 +27,8 @@ __all__ = [
     "number",
     "per_row",
     "raise_for_labels",
-    "targets",
     "stacked",
+    "targets",
     "teacher_weights",
     "temperature",
 ]

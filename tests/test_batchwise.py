@@ -490,3 +490,39 @@ def test_modules_are_their_functions(module, function, options):
     assert repr(made) == f"{module.__name__}({shown})"
     with pytest.raises(ValueError, match="compat"):
         module(compat="nobody")
+
+
+def test_mlkd_of_confident_logits(backend, device):
+    """Where the student's probabilities underflow in fp32, the teacher still has its gradient."""
+    student = torch.tensor([[0.0, 0, 0], [300, 0, 0]], device=device)
+    teacher = torch.tensor([[0.0, 0, 0], [0, 1, 0]], device=device, requires_grad=True)
+    options = {"temperatures": (1.0,), "batch_weight": 0.0, "class_weight": 0.0}
+    value = kd.mlkd_loss(student, teacher, selection="none", backend=backend, **options)
+    (gradient,) = torch.autograd.grad(value, teacher)
+    wide = teacher.detach().double().requires_grad_()
+    exact = kd.kl_div(student.double(), wide, backend="reference")
+    torch.testing.assert_close(
+        gradient.double(), torch.autograd.grad(exact, wide)[0], rtol=1e-5, atol=1e-6
+    )
+    # The selection does not depend on the precision of a probability that rounds to 1.
+    teacher = torch.tensor([[20.0, 0, 0], [25, 0, 0], [30, 0, 0], [35, 0, 0]], device=device)
+    student = torch.randn(4, 3, device=device)
+    value = kd.mlkd_loss(student, teacher, backend=backend, **options)
+    exact = kd.mlkd_loss(student.double(), teacher.double(), backend=backend, **options)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_mlkd_reads_masked_rows_no_more_than_others_hide(backend, device):
+    student, teacher = torch.randn(2, 5, 7, device=device).unbind()
+    for options in ({}, {"standardize": True}):
+        rows = student.clone()
+        rows[1] = math.nan
+        rows.requires_grad_()
+        mask = torch.arange(5, device=device) != 1
+        value = kd.mlkd_loss(rows, teacher, mask=mask, backend=backend, **options)
+        assert value.isfinite()
+        assert torch.autograd.grad(value, rows)[0].isfinite().all()
+        assert kd.mlkd_loss(rows, teacher, backend=backend, **options).isnan()
+    teacher[0, 0] = math.nan
+    alone = {"batch_weight": 0.0, "class_weight": 0.0}
+    assert kd.mlkd_loss(student, teacher, backend=backend, **alone).isnan()

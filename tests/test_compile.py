@@ -55,6 +55,7 @@ def test_opcheck_scale(factor):
 @pytest.mark.parametrize("upstream", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fullgraph(name, upstream, dtype):
+    torch._dynamo.reset()  # one code object, of which only so many versions are kept
     loss = LOSSES[name]
     inputs = loss.inputs(6, 10, dtype=dtype, optional=True, requires_grad=True)
     compiled = torch.compile(lambda i: loss(i, backend="cpu"), fullgraph=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kdkernels import functional as kd
+from kdkernels import modules
 from kdkernels.testing import LOSSES, gradients, leaves, relative_errors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -309,6 +310,15 @@ def test_labels_see_every_class(name, standardize, backend, device):
     same_as_reference(loss, inputs, backend, **options)
 
 
+def test_modules_hold_a_class_range():
+    inputs = LOSSES["dkd_loss"].inputs(5, 60)
+    inputs["labels"] = torch.arange(10, 15)
+    value = modules.DKDLoss(class_range=(10, 35))(**inputs)
+    assert torch.equal(value, kd.dkd_loss(**inputs, class_range=(10, 35)))
+    with pytest.raises(ValueError, match="class_range must be"):
+        modules.SoftKLDivLoss(class_range=(3, 3))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -350,7 +360,7 @@ def test_labels_see_every_class(name, standardize, backend, device):
                 return_parts=True,
             ),
             NotImplementedError,
-            "return_parts",
+            "inplace=True",
         ),
     ],
 )

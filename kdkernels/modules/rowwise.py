@@ -29,8 +29,9 @@ class RowwiseLoss(LossModule):
         # (a tensor's shape and device, whether the backend runs there) is left to the call.
         checks.choice(type(self).__name__, "backend", held["backend"], backends.BACKENDS)
         numbers = {n: 1.0 if isinstance(v, Tensor) else v for n, v in held.items()}
-        row = torch.zeros(1, 2, device="cpu")
-        label = torch.zeros(1, dtype=torch.int64, device="cpu")
+        first, last = held.get("class_range") or (0, 2)
+        row = torch.zeros(1, last, device="cpu")
+        label = torch.full((1,), first, device="cpu")
         overrides = {"backend": "reference", "inplace": False}
         numbers |= {name: value for name, value in overrides.items() if name in held}
         self._function(row, row, label, **numbers)

@@ -9,6 +9,7 @@ from torch import Tensor
 from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers
 from kdkernels.ops.batchwise import DistChoices, DistNumbers, Relations
 from kdkernels.ops.rowwise import compute_dtype
+from kdkernels.reference.rows import tempered
 from kdkernels.reference.rowwise import rowwise
 
 _EPS = 1e-8
@@ -48,7 +49,7 @@ def dist(
         return student.sum() + teacher.sum()
     tau = numbers.temperature if temperature is None else temperature
     number = counts.sum().clamp(min=1)
-    p, q = (student / tau).softmax(-1), (teacher / tau).softmax(-1)
+    p, q = tempered(student, tau).softmax(-1), tempered(teacher, tau).softmax(-1)
 
     def by_row(x: Tensor) -> Tensor:
         # Measured from one element, so that a constant vector is exactly 0 when centred.

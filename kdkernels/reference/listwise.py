@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.divergences import REDUCTIONS
+from kdkernels.reference.rows import tempered
 
 
 def pld(student: Tensor, teacher: Tensor, given, ignore_index: int) -> Tensor:
@@ -35,9 +36,9 @@ def pld(student: Tensor, teacher: Tensor, given, ignore_index: int) -> Tensor:
     known = (labels >= 0) & (labels < classes)
     first = torch.where(known & valid, labels, 0).unsqueeze(-1)
     order = t.detach().scatter(-1, first, math.inf).argsort(dim=-1, descending=True, stable=True)
-    weight = torch.softmax(_tempered(t, tau_t), -1).gather(-1, order)
+    weight = torch.softmax(tempered(t, tau_t), -1).gather(-1, order)
     off = torch.isneginf(s)
-    ranked = _tempered(s, tau_s).gather(-1, order)
+    ranked = tempered(s, tau_s).gather(-1, order)
     # The choice among those not yet chosen; a class without weight is none, wherever it stands.
     remaining = ranked.flip(-1).logcumsumexp(-1).flip(-1)
     live = weight > 0
@@ -58,8 +59,3 @@ def pld(student: Tensor, teacher: Tensor, given, ignore_index: int) -> Tensor:
         return rows.sum()
     count = valid.sum().clamp(min=1).to(dtype)
     return rows.sum() / (count * classes if reduction == "mean" else count)
-
-
-def _tempered(logits: Tensor, tau) -> Tensor:
-    off = torch.isneginf(logits)  # no derivative to the temperature
-    return (torch.where(off, 0.0, logits) / tau).masked_fill(off, -math.inf)

@@ -21,13 +21,8 @@ from kdkernels.divergences import (
     TopKNumbers,
 )
 from kdkernels.ops.rowwise import compute_dtype
+from kdkernels.reference.rows import tempered
 from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, divergence
-
-
-def _tempered(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    """``logits / temperature``, whose derivatives know nothing of -inf."""
-    off = torch.isneginf(logits)
-    return torch.where(off, -math.inf, torch.where(off, 0.0, logits) / temperature)
 
 
 def _logsumexp(x: Tensor) -> Tensor:
@@ -46,7 +41,7 @@ def _teacher_tail(
     spread: bool,
 ) -> Tensor:
     """(N, 1): the tail's logit beside ``values / tau``."""
-    u = _tempered(values, tau)
+    u = tempered(values, tau)
     captured = _logsumexp(values) if logsumexp is None else _logsumexp(u) - logsumexp
     exists = (captured < 0) & (others > 0)
     log_tail = torch.log(-torch.expm1(torch.where(exists, captured, -1.0)))
@@ -105,7 +100,7 @@ def sparse(
     stored = count > 0
     others = classes - stored.sum(-1, keepdim=True, dtype=dtype)
 
-    u = _tempered(student, tau_s)
+    u = tempered(student, tau_s)
     s_tail = _logsumexp(torch.where(stored, -math.inf, u))
     t_tail = torch.full_like(s_tail, -math.inf)
     if missing == "renormalize":
@@ -115,7 +110,7 @@ def sparse(
         t_tail = _teacher_tail(values, others, tau_t, whole, kind, bool(choices.spread))
     inside = torch.where(absent, -math.inf, u.gather(-1, at))
     s = Softmax(torch.cat([inside, s_tail], -1), 1.0)
-    t = Softmax(torch.cat([_tempered(values, tau_t), t_tail], -1), 1.0)
+    t = Softmax(torch.cat([tempered(values, tau_t), t_tail], -1), 1.0)
     rows, infinite = divergence(kind, s, t, LogRatio(s, t, t.u - s.u), 0.0, numbers.beta)
 
     if kind == "forward_kl":
