@@ -10,11 +10,10 @@
 //            gradient of forward KL, whose sum is 0
 //   emit     the gradients
 //
-// Before these, a row may be described (standardised logits are logits at a temperature of the
-// row's own, whose gradient goes through its deviation) and its target placed (target.h).
-//
 // all in fp32. A row that this cannot hold (fp64 input, -inf on one side, a log-ratio beyond
 // `exact_range`) takes the same steps in double, where log-normalisers are subtracted plainly.
+// Before these, a row may be described (standardised logits are logits at a temperature of the
+// row's own, whose gradient goes through its deviation), and its target placed (target.h).
 #include <stdint.h>
 #if KD_BYTES > 16  // AVX2 and AVX-512
 #include <immintrin.h>
@@ -41,7 +40,8 @@ inline double exact_range_of(const RowwiseParams& p) {
   const auto larger = [](double a, double b) { return a > b ? a : b; };
   const double power = larger(__builtin_fabs(p.alpha), __builtin_fabs(p.beta));
   if (p.kind == Kind::renyi) return exact_range / 8 / larger(1, power);
-  if (p.kind == Kind::ab) return exact_range / larger(1, larger(power, __builtin_fabs(p.alpha + p.beta)));
+  if (p.kind == Kind::ab)
+    return exact_range / larger(1, larger(power, __builtin_fabs(p.alpha + p.beta)));
   return exact_range;
 }
 
