@@ -193,7 +193,8 @@ class TestInterpreted:
         assert not student.grad[0].isnan().any()
         labels = torch.tensor([5, 4, 20, 19])
         rows = FORMS[form][0](student, teacher, labels, class_range=(5, 20), **given)
-        assert rows.isnan().tolist() == [False, True, True, False]
+        inside = form == "wsld"  # whose target is at temperature 1, where every class is seen
+        assert rows.isnan().tolist() == ([False] * 4 if inside else [False, True, True, False])
 
     @pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
     def test_standardized_offsets(self, offset, tiles):
