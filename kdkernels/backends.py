@@ -21,8 +21,9 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 # a committed GPU result shows it correct and faster.
 AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
-# Families that torch's own operators compute, and why a kernel would not pay. For them `auto` means
-# these operators, which the reference is made of, and nothing is warned of.
+# Families, or single losses ("family.loss"), that torch's own operators compute, and why a kernel
+# would not pay. For them `auto` means these operators, which the reference is made of, and nothing
+# is warned of.
 COMPOSITE = {
     "listwise": "composite by design: a sort of every row, beside which the rest is small",
 }
@@ -60,7 +61,10 @@ def get_backend() -> str:
 
 
 def verdict(family: str, backend: str, device_type: str) -> Verdict:
-    """Whether ``backend`` can run the losses of ``family`` on a device type, and why not."""
+    """Whether ``backend`` can run the losses of ``family`` on a device type, and why not.
+
+    ``"family.operator"`` asks for one of a family's operators, where it has several.
+    """
     if backend == "reference":
         return Verdict(True, "plain torch, any device")
     if family in COMPOSITE:

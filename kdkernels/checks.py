@@ -27,6 +27,7 @@ __all__ = [
     "number",
     "per_row",
     "raise_for_labels",
+    "same_device",
     "stacked",
     "targets",
     "teacher_weights",
@@ -49,7 +50,8 @@ def _tensor(name: str, argument: str, value) -> None:
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}.")
 
 
-def _same_device(name: str, argument: str, value: torch.Tensor, student: torch.Tensor) -> None:
+def same_device(name: str, argument: str, value: torch.Tensor, student: torch.Tensor) -> None:
+    """The student's device."""
     if value.device != student.device:
         raise ValueError(
             f"{name}: {argument} must be on the student's device {student.device}, "
@@ -87,7 +89,7 @@ def logits(name: str, student, teacher, width: int | None = None) -> None:
         raise ValueError(
             f"{name}: student must have shape (..., C) with C >= 1, got {tuple(student.shape)}."
         )
-    _same_device(name, "teacher", teacher, student)
+    same_device(name, "teacher", teacher, student)
 
 
 def stacked(name: str, argument: str, value: torch.Tensor, student, width: int | None) -> None:
@@ -129,7 +131,7 @@ def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: t
         )
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: {argument} must be floating-point, got {value.dtype}.")
-    _same_device(name, argument, value, student)
+    same_device(name, argument, value, student)
     if _readable(value) and value.numel():
         good = (value > 0) & value.isfinite()
         if not good.all():
@@ -183,7 +185,7 @@ def per_row(name: str, argument: str, value, student: torch.Tensor, dtype: torch
             f"{name}: {argument} must have the shape of the rows {tuple(student.shape[:-1])}, "
             f"got {tuple(value.shape)}."
         )
-    _same_device(name, argument, value, student)
+    same_device(name, argument, value, student)
     if dtype is None:
         if value.dtype != torch.bool:
             raise TypeError(f"{name}: {argument} must be bool, got {value.dtype}.")
@@ -206,7 +208,7 @@ def teacher_weights(
         )
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: weights must be floating-point, got {value.dtype}.")
-    _same_device(name, "weights", value, student)
+    same_device(name, "weights", value, student)
     if _readable(value) and value.numel():
         if not value.isfinite().all():
             raise ValueError(f"{name}: weights must be finite, got {value.detach().tolist()}.")
@@ -225,7 +227,7 @@ def labels(name: str, value, student: torch.Tensor, ignore_index: int, read: boo
     Without ``read`` their values are left to the kernel to check.
     """
     _tensor(name, "labels", value)
-    _same_device(name, "labels", value, student)
+    same_device(name, "labels", value, student)
     classes = student.shape[-1]
     if value.dtype in _INTEGERS and value.shape == student.shape[:-1]:
         if read and value.numel() and _readable(value):
@@ -292,7 +294,7 @@ def topk(name: str, student, values, indices) -> None:
                 f"{name}: {argument} must have shape {(*student.shape[:-1], 'k')}, "
                 f"got {tuple(value.shape)}."
             )
-        _same_device(name, argument, value, student)
+        same_device(name, argument, value, student)
     if values.dtype not in _FLOATS:
         raise TypeError(
             f"{name}: topk_values must be float64, float32, bfloat16 or float16, "

@@ -129,7 +129,7 @@ def check(device: str | None = None) -> dict[str, dict[str, str | None]]:
 
 def _deviation(loss: testing.Loss, backend: str, device: str) -> str | None:
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = loss.inputs(16, 100, dtype=dtype, device=device, requires_grad=True)
+        inputs = loss.inputs(*loss.small, dtype=dtype, device=device, requires_grad=True)
         wide = testing.leaves(inputs, torch.float64)
         plain = testing.leaves(inputs)
         try:

@@ -33,9 +33,14 @@ def _load(name: str) -> None:
 _SPEAKS = {"batchwise": "dist"}
 
 
+def _operator(family: str) -> str:
+    """Of "family.operator", or of a family that has one or is spoken for."""
+    return family.partition(".")[2] or _SPEAKS.get(family, family)
+
+
 def compiled_verdict(family: str, backend: str) -> tuple[bool, str]:
     """Whether the compiled extension of ``backend`` ("cpu" or "cuda") holds ``family``."""
-    operator = f"{NAMESPACE}::{_SPEAKS.get(family, family)}"
+    operator = f"{NAMESPACE}::{_operator(family)}"
     if torch._C._dispatch_has_kernel_for_dispatch_key(operator, backend.upper()):
         return True, f"compiled extension _C_{backend}"
     return False, _load_errors.get(f"_C_{backend}", f"_C_{backend} has no {family} kernel")
@@ -50,7 +55,8 @@ def triton_verdict(family: str, device_type: str) -> tuple[bool, str]:
     """Whether the Triton kernels of ``family`` run on a device type."""
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
-    if importlib.util.find_spec(f"kdkernels.triton.{family}") is None:
+    module = importlib.util.find_spec(f"kdkernels.triton.{family.partition('.')[0]}")
+    if module is None or not hasattr(torch.ops.kdkernels, f"{_operator(family)}_triton"):
         return False, f"{family} has no triton kernel"
     if device_type == "cuda":
         return True, "triton, compiled at first use"

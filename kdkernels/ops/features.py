@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One form for the operators of losses over features: schema, fake and autograd are stated here.
+
+An operator takes its tensors, the factor of the loss, its numbers and choices, and which tensors
+need a gradient, and returns the loss with the gradient to each of its tensors:
+
+    name(Tensor a, Tensor b, ..., float factor, float[] numbers, int[] choices, int grads)
+        -> (Tensor loss, Tensor grad_a, Tensor grad_b, ...)
+
+Bit i of ``grads`` asks for the gradient of tensor i; others are of size 0. ``factor`` is what the
+loss is multiplied by, its normalisation included. Gradients are multiplied by it too, except those
+in fp16, in which it would lose them: there backward multiplies, once the upstream gradient, with
+the scale of a GradScaler, is known.
+
+A gradient lies in memory as its tensor does, which is contiguous or channels-last.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops import NAMESPACE
+from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, scaled
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What losses are accumulated and returned in: fp64 if anything is, else fp32."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def define(name: str, *tensors: str, triton: bool = True) -> None:
+    """Define ``kdkernels::name`` and, unless there is none, ``kdkernels::name_triton``.
+
+    ``tensors`` are names of arguments, with "?" after those that may be None.
+    """
+    arguments = ", ".join(f"Tensor{'?' * t.endswith('?')} {t.rstrip('?')}" for t in tensors)
+    results = ", ".join(f"Tensor grad_{t.rstrip('?')}" for t in tensors)
+    schema = (
+        f"({arguments}, float factor, float[] numbers, int[] choices, int grads)"
+        f" -> (Tensor loss, {results})"
+    )
+
+    def fake(*arguments):
+        given, grads = arguments[: len(tensors)], arguments[-1]
+        first = next(t for t in given if t is not None)
+        return (
+            first.new_empty((), dtype=compute_dtype(*given)),
+            *(
+                torch.empty_like(t) if grads >> i & 1 else first.new_empty((0,))
+                for i, t in enumerate(given)
+            ),
+        )
+
+    for suffix in ("", "_triton") if triton else ("",):
+        torch.library.define(f"{NAMESPACE}::{name}{suffix}", schema)
+        torch.library.register_fake(f"{NAMESPACE}::{name}{suffix}", fake)
+
+
+class _Feature(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, *tensors):
+        ctx.function, operator, ctx.factor, numbers, choices = call
+        grads = sum(1 << i for i, need in enumerate(ctx.needs_input_grad[1:]) if need)
+        loss, *gradients = operator(*tensors, ctx.factor, numbers, choices, grads)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        refuse_higher_order(ctx.function)
+        gradients = [None]
+        for need, grad in zip(ctx.needs_input_grad[1:], ctx.saved_tensors, strict=True):
+            half = grad.dtype == torch.float16
+            up = upstream * ctx.factor if half else upstream
+            gradients.append(scaled(grad, up, None) if need else None)
+        return tuple(gradients)
+
+
+@torch.compiler.assume_constant_result  # imports are not for tracing
+def _register_triton(family: str) -> bool:
+    importlib.import_module(f"kdkernels.triton.{family}")
+    return True
+
+
+def call(
+    function: str,
+    kernel: str,
+    backend: str,
+    tensors: Sequence[Tensor | None],
+    factor: float = 1.0,
+    numbers: Sequence[float] = (),
+    choices: Sequence[int] = (),
+) -> Tensor:
+    """The loss of validated ``tensors`` by the operator ``kernel`` ("family.operator")."""
+    refuse_transforms(function, tuple(tensors))
+    family, _, name = kernel.partition(".")
+    if backend == "triton":
+        _register_triton(family)
+        name += "_triton"
+    operator = getattr(torch.ops.kdkernels, name).default
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Feature.apply((function, operator, factor, numbers, choices), *tensors)
+    return operator(*tensors, factor, numbers, choices, 0)[0]
