@@ -77,8 +77,18 @@ class _Feature(torch.autograd.Function):
         for need, grad in zip(ctx.needs_input_grad[1:], ctx.saved_tensors, strict=True):
             half = grad.dtype == torch.float16
             up = upstream * ctx.factor if half else upstream
-            gradients.append(scaled(grad, up, None) if need else None)
+            gradients.append(_scaled(grad, up) if need else None)
         return tuple(gradients)
+
+
+def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+    """``scaled`` by samples: rows that are long and few, in either layout."""
+    if grad.dim() < 3 or not grad.shape[0]:
+        return scaled(grad, upstream, None)
+    channels_last = not grad.is_contiguous()
+    dense = grad.movedim(1, -1) if channels_last else grad
+    result = scaled(dense.view(grad.shape[0], -1), upstream, None).view(dense.shape)
+    return result.movedim(-1, 1) if channels_last else result
 
 
 @torch.compiler.assume_constant_result  # imports are not for tracing
