@@ -121,6 +121,23 @@ KD_FN void store(S* p, int n, V v) {
 }
 #endif
 
+// `v` with `fill` in the lanes whose bits are set.
+#if KD_BYTES == 64
+KD_FN vf without(vf v, unsigned bits, float fill) {
+  return (vf)_mm512_mask_mov_ps((__m512)v, (__mmask16)bits, (__m512)all<vf>(fill));
+}
+KD_FN vd without(vd v, unsigned bits, double fill) {
+  return (vd)_mm512_mask_mov_pd((__m512d)v, (__mmask8)bits, (__m512d)all<vd>(fill));
+}
+#else
+template <class V, class S = typename Lanes<V>::S>
+KD_FN V without(V v, unsigned bits, S fill) {
+  typename Lanes<V>::I lane;
+  for (int i = 0; i < Lanes<V>::count; i++) lane[i] = 1 << i;
+  return select((lane & bits) != 0, all<V>(fill), v);
+}
+#endif
+
 // q with expm1(f) = f + f^2 q(f), |f| <= ln(2) / 2: relative error under one unit in the last place.
 KD_FN vf expm1_tail(vf f) {
   vf q = all<vf>(1.9875691500e-4f);
@@ -185,7 +202,7 @@ KD_FN Exp<V> exp_parts(V x) {
   const V minus_one = growth + (r.power - (typename Lanes<V>::S)1);
   return {growth + r.power, minus_one, select(r.near, r.square, minus_one - x)};
 }
-// exp(x / c), x <= 0, for the rate of 1 / c; 0 where it underflows.
+// exp(x / c), x / c <= 88, for the rate of 1 / c; 0 where it underflows.
 template <class S>
 KD_FN S exp_rate(double inverse) {
   return S(sizeof(S) == 4 ? inverse * 1.44269504088896341 : inverse);
