@@ -51,13 +51,17 @@ def make_inputs(loss: Loss, shape, dtype: torch.dtype, device: str, seed: int = 
 
 
 def make_step(call: Call, inputs: Mapping[str, Tensor], upstream: float) -> Function:
-    """Forward and backward under an upstream gradient, made beforehand unless it is 1."""
+    """Forward and backward under an upstream gradient, made beforehand unless it is 1.
+
+    Gradients are dropped at its end: giving back the pages of a large one, which costs what the
+    kernel's own work does, falls to the contender that took them and not to the next one.
+    """
     gradient = None if upstream == 1 else torch.full_like(call(inputs).detach(), upstream)
 
     def step():
+        call(inputs).backward(gradient)
         for x in inputs.values():
             x.grad = None
-        call(inputs).backward(gradient)
 
     return step
 
@@ -166,8 +170,6 @@ def gpu_times(
             functions[name] = _graph(function, pool).replay
         except RuntimeError as error:  # it synchronises, as some packages do
             notes[name] = {"not_captured": one_line(error)}
-        for inputs in sets:
-            inputs["student"].grad = None
     samples = interleave(functions, device_clock, seconds, rounds)
     host = interleave(first, enqueue_clock, seconds / 2, rounds)
     return {

@@ -140,12 +140,9 @@ def _measured(row: dict, loss: Loss, calls, skipped, make, settings: Settings) -
 def _memory(loss: Loss, name: str, call: Call, inputs, upstream: float, device: str) -> dict:
     step = measure.make_step(call, inputs, upstream)
     step()
-    inputs["student"].grad = None
     result = {"extra_bytes": measure.extra_bytes(step, device)}
-    inputs["student"].grad = None
     if torch.device(device).type == "cpu":
         result["resident_bytes"] = measure.resident_bytes(step)
-        inputs["student"].grad = None
     takes_inplace = "inplace" in inspect.signature(loss.function).parameters
     if takes_inplace and name in BACKENDS and name != "reference":
         leaf = inputs["student"]
