@@ -48,6 +48,22 @@ def refuse_transforms(function: str, tensors: tuple[torch.Tensor | None, ...]) -
         )
 
 
+def row_gradients(ctx, rows: torch.Tensor, upstream: torch.Tensor, need) -> list:
+    """Gradients to the row weight, the temperatures and what else has one number a row.
+
+    ``rows`` (k, N): those of the loss, in the order of ``need``. ``ctx.one_tau``: the teacher's
+    temperature is the student's; ``ctx.one_temperature``: which of the two is one number for all.
+    """
+    upstream = upstream.reshape(-1)
+    gradients = [None] * len(need)
+    for i, wanted in enumerate(need):
+        if wanted:
+            grad = (rows[1] + rows[2] if i == 1 and ctx.one_tau else rows[i]) * upstream
+            summed = i in (1, 2) and ctx.one_temperature[i - 1]
+            gradients[i] = grad.sum().reshape(1) if summed else grad
+    return gradients
+
+
 def scale_in_place(grad: torch.Tensor, upstream: torch.Tensor, row_factor: torch.Tensor | None):
     """``grad`` (..., C) times ``upstream`` (0-d or (...)) times ``row_factor`` (rows,), in place.
 

@@ -10,7 +10,7 @@ import torch
 
 from kdkernels.divergences import REDUCTIONS, Choices, Numbers
 from kdkernels.ops import NAMESPACE
-from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, scaled
+from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, row_gradients, scaled
 from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER
 
 GRAD_WEIGHTS = 8  # with GRAD_ROWS: of teachers without weight too
@@ -124,14 +124,9 @@ class _Ensemble(torch.autograd.Function):
             each = upstream.expand(teachers.shape[:-1]) if upstream.dim() else upstream
             every = scaled(teachers, each, factor)
             gradients[_OTHERS:] = (every,) if stacked else every.unbind(0)
-        upstream = upstream.reshape(-1)
-        for i in range(3):
-            if need[1 + i]:
-                grad = (rows[1] + rows[2] if i == 1 and ctx.one_tau else rows[i]) * upstream
-                summed = i > 0 and ctx.one_temperature[i - 1]
-                gradients[1 + i] = grad.sum().reshape(1) if summed else grad
+        gradients[1:4] = row_gradients(ctx, rows, upstream, need[1:4])
         if need[4]:
-            grad = rows[4:] * upstream
+            grad = rows[4:] * upstream.reshape(-1)
             gradients[4] = grad.sum(1, keepdim=True) if ctx.by_teacher else grad
         return tuple(gradients)
 

@@ -17,6 +17,7 @@ from kdkernels.ops import NAMESPACE
 from kdkernels.ops.autograd import (
     refuse_higher_order,
     refuse_transforms,
+    row_gradients,
     scale_in_place,
     scaled,
 )
@@ -148,12 +149,7 @@ class _Rowwise(torch.autograd.Function):
         if need[1]:
             gradients[1] = scaled(teacher, upstream, rows[3] if ctx.half[1] else None)
         if any(need[2:5]):
-            upstream = upstream.reshape(-1)
-            for i in range(3):
-                if need[2 + i]:
-                    grad = (rows[1] + rows[2] if i == 1 and ctx.one_tau else rows[i]) * upstream
-                    summed = i > 0 and ctx.one_temperature[i - 1]
-                    gradients[2 + i] = grad.sum().reshape(1) if summed else grad
+            gradients[2:5] = row_gradients(ctx, rows, upstream, need[2:5])
         return tuple(gradients)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from kdkernels.divergences import REDUCTIONS, TopKChoices, TopKNumbers
 from kdkernels.ops import NAMESPACE
-from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, scaled
+from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, row_gradients, scaled
 from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER, compute_dtype
 
 # `numbers` and `choices`: the fields of TopKNumbers and TopKChoices. indices: (N, k), contiguous.
@@ -97,12 +97,7 @@ class _Sparse(torch.autograd.Function):
         if need[1]:
             gradients[1] = scaled(values, upstream, rows[4] if ctx.half[1] else None)
         if any(need[2:6]):
-            upstream = upstream.reshape(-1)
-            for i in range(4):
-                if need[2 + i]:
-                    grad = (rows[1] + rows[2] if i == 1 and ctx.one_tau else rows[i]) * upstream
-                    summed = i in (1, 2) and ctx.one_temperature[i - 1]
-                    gradients[2 + i] = grad.sum().reshape(1) if summed else grad
+            gradients[2:6] = row_gradients(ctx, rows, upstream, need[2:6])
         return tuple(gradients)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kdkernels.divergences import REDUCTIONS, Choices, Numbers
+from kdkernels.divergences import Choices, Numbers
 from kdkernels.ops.ensemble import compute_dtype
+from kdkernels.reference.rows import counted, reduced, squared, temperatures
 from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, divergence, phi
 from kdkernels.reference.rowwise.target import cross_entropy
 
@@ -51,26 +52,6 @@ def _sum(s: Softmax, teachers: list[tuple[Tensor, Softmax, Tensor]], tau):
     return rows, infinite
 
 
-def _valid(student: Tensor, given, choices: Choices) -> Tensor:
-    """Which of the rows of ``student`` (N, C) count."""
-    valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
-    if given.mask is not None:
-        valid = valid & given.mask
-    if given.labels is not None and given.labels.dtype == torch.int64:
-        valid = valid & (given.labels != choices.ignore_index)
-    return valid
-
-
-def _reduced(rows: Tensor, valid: Tensor, classes: int, reduction: int) -> Tensor:
-    if REDUCTIONS[reduction] == "none":
-        return rows
-    total = rows.sum()
-    if REDUCTIONS[reduction] == "sum":
-        return total
-    count = valid.sum().clamp(min=1).to(rows.dtype)
-    return total / (count * classes if REDUCTIONS[reduction] == "mean" else count)
-
-
 def ensemble(
     student: Tensor,  # (..., C)
     teachers: Sequence[Tensor],  # M of (..., C)
@@ -81,24 +62,19 @@ def ensemble(
     choices: Choices,
 ) -> Tensor:
     """The family's reference; see ``kdkernels.functional.ensemble`` for what it computes."""
-    labels, _, row_weight, temperatures, teacher_temperatures = given[:5]
+    labels, row_weight = given.labels, given.row_weight
     leading, classes = student.shape[:-1], student.shape[-1]
     dtype = compute_dtype(student, teachers)
     student = student.reshape(-1, classes).to(dtype)
-    valid = _valid(student, given, choices)
+    valid = counted(student, given, choices.ignore_index)
     if weights is None:
         weights = student.new_full((len(teachers), 1), 1 / len(teachers))
     weights = weights.expand(len(teachers), len(valid)).unsqueeze(-1)
     # What does not count is read as zeros, so that its NaN cannot reach a derivative.
     student = torch.where(valid.unsqueeze(-1), student, 0.0)
 
-    tau_s = numbers.temperature if temperatures is None else temperatures.unsqueeze(-1)
+    tau_s, tau_t = temperatures(given, numbers)
     one_tau = numbers.teacher_temperature == 0
-    tau_t = numbers.teacher_temperature
-    if one_tau:
-        tau_t = tau_s
-    elif teacher_temperatures is not None:
-        tau_t = teacher_temperatures.unsqueeze(-1)
     s = Softmax(student, tau_s)
     rows = (torch.where(student.isfinite(), student, 0.0) * 0.0).sum(-1)
     empty = s.empty
@@ -116,7 +92,7 @@ def ensemble(
     value, infinite = (_mixture if mixture else _sum)(s, terms, tau)
     value = torch.where(empty, math.nan, value)
     if choices.t2:
-        value = value * (tau_s.squeeze(-1) if isinstance(tau_s, Tensor) else tau_s) ** 2
+        value = value * squared(tau_s)
     rows = rows + numbers.kd_weight * value
     if numbers.ce_weight:
         s = Softmax(student, 1.0)
@@ -132,7 +108,7 @@ def ensemble(
     rows = rows + torch.where(infinite, math.inf, 0.0)
     rows = torch.where(valid, rows, 0.0)
 
-    return _reduced(rows.view(leading), valid, classes, choices.reduction)
+    return reduced(rows.view(leading), valid, classes, choices.reduction)
 
 
 # Added to every class of a target, which is not normalised again.
@@ -143,14 +119,8 @@ def okddip(loss, student, teachers, weights, given, mixture, numbers, choices) -
     """From the loss of each row, that of targets raised by 1e-7, reduced."""
     dtype, leading, classes = loss.dtype, student.shape[:-1], student.shape[-1]
     student = student.reshape(-1, classes).to(dtype)
-    valid = _valid(student, given, choices)
-    tau_s, tau_t = numbers.temperature, numbers.teacher_temperature
-    if given.temperatures is not None:
-        tau_s = given.temperatures.unsqueeze(-1)
-    if given.teacher_temperatures is not None:
-        tau_t = given.teacher_temperatures.unsqueeze(-1)
-    elif tau_t == 0:
-        tau_t = tau_s
+    valid = counted(student, given, choices.ignore_index)
+    tau_s, tau_t = temperatures(given, numbers)
 
     def log_softmax(logits, tau):
         logits = logits.reshape(-1, classes).to(dtype)
@@ -170,8 +140,8 @@ def okddip(loss, student, teachers, weights, given, mixture, numbers, choices) -
         rows = rows - weight * _OKDDIP * log_softmax(student, tau_s).sum(-1)
     scale = numbers.kd_weight
     if choices.t2:
-        scale = scale * (tau_s.squeeze(-1) if isinstance(tau_s, Tensor) else tau_s) ** 2
+        scale = scale * squared(tau_s)
     if given.row_weight is not None:
         scale = scale * given.row_weight
     loss = loss + torch.where(valid, rows * scale, 0.0).view(leading)
-    return _reduced(loss, valid, classes, choices.reduction)
+    return reduced(loss, valid, classes, choices.reduction)

@@ -16,12 +16,11 @@ from kdkernels.divergences import (
     KINDS,
     LEAST_TAIL,
     MISSING,
-    REDUCTIONS,
     TopKChoices,
     TopKNumbers,
 )
 from kdkernels.ops.rowwise import compute_dtype
-from kdkernels.reference.rows import tempered
+from kdkernels.reference.rows import counted, reduced, squared, temperatures, tempered
 from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, divergence
 
 
@@ -66,17 +65,12 @@ def sparse(
     choices: TopKChoices,
 ) -> Tensor:
     """The family's reference; see ``kdkernels.functional.topk_divergence``."""
-    labels, mask, row_weight, temperatures, teacher_temperatures = given[:5]
     kind, missing = KINDS[choices.kind], MISSING[choices.missing]
     leading, classes = student.shape[:-1], student.shape[-1]
     dtype = compute_dtype(student, values)
     student = student.reshape(-1, classes).to(dtype)
     values = values.reshape(indices.shape).to(dtype)
-    valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
-    if mask is not None:
-        valid = valid & mask
-    if labels is not None and labels.dtype == torch.int64:
-        valid = valid & (labels != choices.ignore_index)
+    valid = counted(student, given, choices.ignore_index)
     # Rows that do not count are read as uniform, with one stored class, so that their NaN cannot
     # reach a derivative.
     student = torch.where(valid.unsqueeze(-1), student, 0.0)
@@ -85,13 +79,7 @@ def sparse(
     values = torch.where(valid.unsqueeze(-1), values, one_class)
     indices = torch.where(valid.unsqueeze(-1), indices, 0)
 
-    tau_s = numbers.temperature if temperatures is None else temperatures.unsqueeze(-1)
-    tau_t = numbers.teacher_temperature
-    if tau_t == 0:
-        tau_t = tau_s
-    elif teacher_temperatures is not None:
-        tau_t = teacher_temperatures.unsqueeze(-1)
-
+    tau_s, tau_t = temperatures(given, numbers)
     absent = torch.isneginf(values)
     known = (indices >= 0) & (indices < classes)
     at = torch.where(known & ~absent, indices, 0)
@@ -125,18 +113,10 @@ def sparse(
         rows = torch.where(infinite, Gradient.apply(student, gradient / tau), rows)
     rows = torch.where(s.empty | t.empty | faulty, math.nan, rows)
     if choices.t2:
-        rows = rows * (tau_s.squeeze(-1) if isinstance(tau_s, Tensor) else tau_s) ** 2
-    if row_weight is not None:
-        rows = rows * row_weight
-        infinite = infinite & (row_weight != 0)
+        rows = rows * squared(tau_s)
+    if given.row_weight is not None:
+        rows = rows * given.row_weight
+        infinite = infinite & (given.row_weight != 0)
     rows = rows + torch.where(infinite, math.inf, 0.0)
     rows = torch.where(valid, rows, 0.0)
-
-    reduction = REDUCTIONS[choices.reduction]
-    if reduction == "none":
-        return rows.view(leading)
-    total = rows.sum()
-    if reduction == "sum":
-        return total
-    divisor = valid.sum().clamp(min=1).to(dtype)
-    return total / (divisor * classes if reduction == "mean" else divisor)
+    return reduced(rows.view(leading), valid, classes, choices.reduction)

@@ -8,8 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from kdkernels.divergences import KINDS, REDUCTIONS, TARGETS, Choices, Numbers
+from kdkernels.divergences import KINDS, TARGETS, Choices, Numbers
 from kdkernels.ops.rowwise import compute_dtype
+from kdkernels.reference.rows import counted, reduced, squared, temperatures
 from kdkernels.reference.rowwise import target as targets
 from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, divergence
 
@@ -27,30 +28,19 @@ def rowwise(
 
     With ``parts``, also what the target and the divergence contribute, without their weights.
     """
-    labels, mask, row_weight, temperatures, teacher_temperatures = given[:5]
+    labels, row_weight = given.labels, given.row_weight
     leading, classes = student.shape[:-1], student.shape[-1]
     dtype = compute_dtype(student, teacher)
     student = student.reshape(-1, classes).to(dtype)
     teacher = teacher.reshape(-1, teacher.shape[-1]).to(dtype)
-    valid = torch.ones(student.shape[0], dtype=torch.bool, device=student.device)
-    if mask is not None:
-        valid = valid & mask
-    if labels is not None and labels.dtype == torch.int64:
-        valid = valid & (labels != choices.ignore_index)
+    valid = counted(student, given, choices.ignore_index)
     # Rows that do not count are read as zeros, so that their NaN cannot reach a derivative.
     student = torch.where(valid.unsqueeze(-1), student, 0.0)
     teacher = torch.where(valid.unsqueeze(-1), teacher, 0.0)
 
-    tau_s = numbers.temperature if temperatures is None else temperatures.unsqueeze(-1)
+    tau_s, tau_t = temperatures(given, numbers)
     one_tau = numbers.teacher_temperature == 0
-    tau_t = numbers.teacher_temperature
-    if one_tau:
-        tau_t = tau_s
-    elif teacher_temperatures is not None:
-        tau_t = teacher_temperatures.unsqueeze(-1)
-    t2 = 1.0
-    if choices.t2:
-        t2 = tau_s.squeeze(-1) ** 2 if isinstance(tau_s, Tensor) else tau_s**2
+    t2 = squared(tau_s) if choices.t2 else 1.0
     # Whatever has no weight has a gradient all the same, of 0.
     rows = sum((torch.where(x.isfinite(), x, 0.0) * 0.0).sum(-1) for x in (student, teacher))
     infinite = own_infinite = others_infinite = torch.zeros_like(valid)
@@ -116,13 +106,7 @@ def rowwise(
         if row_weight is not None:
             rows, infinite = rows * row_weight, infinite & (row_weight != 0)
         rows = torch.where(valid, rows + torch.where(infinite, math.inf, 0.0), 0.0)
-        reduction = REDUCTIONS[choices.reduction]
-        if reduction == "none":
-            return rows.view(leading)
-        if reduction == "sum":
-            return rows.sum()
-        count = valid.sum().clamp(min=1).to(dtype)
-        return rows.sum() / (count * (choices.width or classes) if reduction == "mean" else count)
+        return reduced(rows.view(leading), valid, choices.width or classes, choices.reduction)
 
     if not parts:
         return total(rows, infinite)
