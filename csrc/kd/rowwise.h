@@ -50,5 +50,11 @@ struct RowwiseParams : RowLoss, RowwiseNumbers, RowwiseChoices {
 };
 
 constexpr double half_boost = 256;  // HALF_BOOST in kdkernels/ops/rowwise.py
+// The same for a row of gradients up to `largest`: a smaller power of two where that may overflow.
+static inline double half_boost_for(double largest) {
+  double boost = half_boost;
+  while (boost * largest > 32768 && boost > 1e-30) boost /= 2;
+  return boost;
+}
 
 }  // namespace kd

@@ -42,7 +42,9 @@ void emit_target(const Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling,
   if (ce.wanted) grad_s += ce.missing(z_s);
 }
 
-template <class C, bool with_value, class S>
+// `alone`: of the student's gradient alone, with the loss and, of a standardised row, which is then
+// of one block, the slope that its deviation has.
+template <class C, bool alone, class S>
 void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   using V = typename VectorOf<S>::V;
   const RowwiseParams& p = r.p;
@@ -60,8 +62,7 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
     const S share = S(r.share), factor_s = S(scaling.student), factor_t = S(scaling.teacher);
     const S centre_s = S(r.share * r.centre_s + r.shift_s);
     const S centre_t = S(r.share * r.centre_t + r.shift_t);
-    const S spread_s = S(scaling.spread_s), spread_t = S(scaling.spread_t);
-    const S mean_s = S(r.student.mean), mean_t = S(r.teacher.mean);
+    const S origin_s = r.origin_s(), origin_t = r.origin_t();
     const bool standardize = p.standardize, slopes = p.row_grads && !standardize;
     const bool teacher_too = to_t.wanted() || slopes;
     exponentials(r, n, s, t);
@@ -70,22 +71,29 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
       const Class<V> c = C::terms(k, zs, zt, read<V>(r.exp_s + i, w, S(0)),
                                   read<V>(r.exp_t + i, w, S(0)));
-      if (with_value) value += c.value;
       const V du = c.student * share - c.p_s * centre_s;
-      V grad = du * factor_s;
-      if (standardize)
-        grad -= select(zs > all<V>(floor_of<S>), (zs - mean_s) * spread_s, V{});
-      write<V>(grad_s + i, w, grad);
+      write<V>(grad_s + i, w, du * factor_s);
+      if (alone) {
+        value += c.value;
+        if (standardize) slope_s += du * (zs - origin_s);
+        return;
+      }
       if (!teacher_too) return;
       const V dv = c.teacher * share - c.p_t * centre_t;
-      grad = dv * factor_t;
-      if (standardize)
-        grad -= select(zt > all<V>(floor_of<S>), (zt - mean_t) * spread_t, V{});
-      write<V>(grad_t + i, w, grad);
-      slope_s += du * (zs - k.max_s), slope_t += dv * (zt - k.max_t);
+      write<V>(grad_t + i, w, dv * factor_t);
+      slope_s += du * (zs - origin_s), slope_t += dv * (zt - origin_t);
       drift_s += du, drift_t += dv;
     });
-    if (with_value) r.value += sum(value);
+    if (alone) r.value += sum(value);
+    if (standardize) {
+      if (alone) {
+        r.slope_s = sum(slope_s);
+        r.add_target_slopes(0, 0);
+        scaling.spread_s = scaling.student * r.slope_s * r.student.spread;
+      }
+      through_deviation(r.student, scaling.spread_s, n, s, grad_s);
+      if (to_t.wanted()) through_deviation(r.teacher, scaling.spread_t, n, t, grad_t);
+    }
     // du sums to 0, but for the rounding of its centre.
     if (slopes) r.slope_s += sum(slope_s) - sum(drift_s) * r.tilt_s;
     if (slopes) r.slope_t += sum(slope_t) - sum(drift_t) * r.tilt_t;

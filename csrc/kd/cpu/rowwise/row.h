@@ -22,7 +22,7 @@ struct Side {
   S patch = 0;
   bool one_block = false;
   const S* read = nullptr;   // the row's only block, converted and patched once
-  // Where the row is standardised; `spread` takes a slope to the gradient through the deviation.
+  // Where the row is standardised, see standardize.h.
   double mean = 0, std = 0, spread = 0;
   alignas(64) S buffer[block];
 
@@ -83,44 +83,16 @@ struct Row {
   S origin_s() const { return p.standardize ? S(student.mean) : k.max_s; }
   S origin_t() const { return p.standardize ? S(teacher.mean) : k.max_t; }
   bool target_hidden() const { return student.patched >= 0; }
+  // What a hidden target has in the slopes, about the others' `tilt`.
+  void add_target_slopes(double tilt_s, double tilt_t) {
+    if (shift_s != 0) slope_s += shift_s * ((double)student.at(target) - origin_s() - tilt_s);
+    if (shift_t != 0) slope_t += shift_t * ((double)teacher.at(target) - origin_t() - tilt_t);
+  }
   void temper(double tau_s, double tau_t) {
     k.inv_ts = S(1 / tau_s), k.inv_tt = S(1 / tau_t);
     k.rate_s = exp_rate<S>(1 / tau_s), k.rate_t = exp_rate<S>(1 / tau_t);
   }
 };
-
-constexpr double standard_eps = 1e-7;  // added to the deviation; STANDARD_EPS in kdkernels/divergences.py
-
-// Mean and standard deviation (unbiased) of the finite classes.
-template <class S>
-void describe(Side<S>& side, int64_t classes) {
-  using V = typename VectorOf<S>::V;
-  double shift = 0, count = 0, total = 0, squares = 0;
-  for (int pass = 0; pass < 3; pass++) {  // any finite logit, the mean about it, the deviations
-    for_blocks(classes, [&](int64_t first, int n) {
-      const S* z = side.get(first, n);
-      if (pass == 0) {
-        for (int i = 0; i < n && count == 0; i++)
-          if (z[i] > floor_of<S>) shift = z[i], count = 1;
-        return;
-      }
-      const S centre = S(pass == 1 ? shift : side.mean);
-      V sum_c{}, sum_2{}, finite{};
-      sweep<V>(n, [&](int i, auto w) {
-        const V x = read<V>(z + i, w, floor_of<S>), c = x - centre;
-        const auto on = !(x <= all<V>(floor_of<S>));
-        if (pass == 1) finite += select(on, all<V>(S(1)), V{}), sum_c += select(on, c, V{});
-        else sum_2 += select(on, c * c, V{});
-      });
-      if (pass == 1) count += sum(finite), total += sum(sum_c);
-      else squares += sum(sum_2);
-    });
-    if (pass == 0) count = 0;
-    if (pass == 1) side.mean = count > 0 ? shift + total / count : 0;
-  }
-  side.std = count > 1 ? __builtin_sqrt(squares / (count - 1)) : 0;
-  side.spread = side.std > 0 ? 1 / ((standard_eps + side.std) * (count - 1) * side.std) : 0;
-}
 
 // u_t - u_s; near 0 for a class that is off on both sides. Rows with close maxima and one
 // temperature are subtracted first: exact where the logits are close. With an offset between them

@@ -28,6 +28,7 @@ namespace KD_ISA {
 #include "../sweep.h"
 #include "../../divergence.h"
 #include "row.h"
+#include "standardize.h"
 #include "cross_entropy.h"
 #include "target.h"
 #include "paths.h"
@@ -78,7 +79,7 @@ void finish(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   const RowwiseParams& p = r.p;
   const bool gradients = p.grad_student.data || p.grad_teacher.data || p.row_grads;
   if (centred && sizeof(S) == 4 && gradients && !p.grad_teacher.data && !p.row_grads &&
-      !p.standardize)
+      (!p.standardize || r.classes <= block))
     return emit<C, true>(r, ce, scaling);
 
   const bool nothing = __is_same(C, Nothing);
@@ -98,20 +99,14 @@ void finish(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
     r.slope_t = r.share * (r.slope_t - r.centre_t * r.tilt_t) - r.shift_t * r.tilt_t;
   }
   if (!gradients) return;
-  const auto add_target = [&](double tilt_s, double tilt_t) {
-    if (r.shift_s != 0)
-      r.slope_s += r.shift_s * ((double)r.student.at(r.target) - r.origin_s() - tilt_s);
-    if (r.shift_t != 0)
-      r.slope_t += r.shift_t * ((double)r.teacher.at(r.target) - r.origin_t() - tilt_t);
-  };
   if (p.standardize && !infinite) {
-    add_target(0, 0);
+    r.add_target_slopes(0, 0);
     scaling.spread_s = scaling.student * r.slope_s * r.student.spread;
     scaling.spread_t = scaling.teacher * r.slope_t * r.teacher.spread;
   }
   if (!infinite) {
     emit<C, false>(r, ce, scaling);
-    if (!p.standardize) add_target(r.tilt_s, r.tilt_t);
+    if (!p.standardize) r.add_target_slopes(r.tilt_s, r.tilt_t);
     return;
   }
   if constexpr (sizeof(S) == 8 && centred) emit<Difference, false>(r, ce, scaling);
@@ -149,9 +144,9 @@ bool takes_zero_teacher(Kind kind) {
   return false;
 }
 
-// A power of two for the row's fp16 gradients: half_boost, or less where that might overflow.
+// A bound of the row's gradients, without its weight.
 template <class S>
-double half_boost_of(const Row<S>& r, double inverse, double scale) {
+double largest_gradient(const Row<S>& r, double scale) {
   const RowwiseParams& p = r.p;
   const bool bounded = ((p.kind == Kind::forward_kl || p.kind == Kind::cross_entropy) && !p.grad_teacher.data) ||
                        p.kind == Kind::tv || p.kind == Kind::js;
@@ -161,18 +156,16 @@ double half_boost_of(const Row<S>& r, double inverse, double scale) {
   const double shift = __builtin_fabs(r.shift_s) > __builtin_fabs(r.shift_t)
                            ? __builtin_fabs(r.shift_s) : __builtin_fabs(r.shift_t);
   const double share = __builtin_fabs(r.share) + (p.standardize ? 2 : 1) * shift;
-  const double largest = share * (p.standardize ? 2 : 1) * scale * inverse * (1 + spread) +
-                         __builtin_fabs(p.ce_weight) + __builtin_fabs(p.target_weight);
-  double boost = half_boost;
-  while (boost * largest > 32768 && boost > 1e-30) boost /= 2;
-  return boost;
+  const double inverse = r.k.inv_ts > r.k.inv_tt ? r.k.inv_ts : r.k.inv_tt;
+  return share * (p.standardize ? 2 : 1) * scale * inverse * (1 + spread) +
+         __builtin_fabs(p.ce_weight) + __builtin_fabs(p.target_weight);
 }
 
 // Before the row is measured: its temperatures, and its target in its place.
 template <class S>
 void prepare(Row<S>& r, double tau_s, double tau_t) {
   if (r.p.standardize) {
-    describe(r.student, r.classes), describe(r.teacher, r.classes);
+    describe(r);
     r.student.read = r.teacher.read = nullptr;
     // A constant row is uniform at any temperature.
     if (r.student.std > 0) tau_s *= standard_eps + r.student.std;
@@ -255,7 +248,8 @@ void finish_row(Row<S>& r, double tau_s, double tau_t) {
   if (own.value != own.value || r.share != r.share) sound = false;
 
   const double inv_ts = r.k.inv_ts, inv_tt = r.k.inv_tt;
-  const double boost = half_boost_of(r, inv_ts > inv_tt ? inv_ts : inv_tt, scale);
+  const bool half = p.grad_student.dtype == DType::float16 || p.grad_teacher.dtype == DType::float16;
+  const double boost = half ? half_boost_for(largest_gradient(r, scale)) : half_boost;
   const auto saved = [&](const Rows& grad) {
     if (grad.dtype != DType::float16) return weight * p.factor;
     return weight == 0 ? 0 : boost;  // 0 times what has overflowed is not 0
