@@ -116,7 +116,7 @@ def integer(name: str, argument: str, value) -> int:
 
 def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype):
     """Split a temperature into (number, None) or (1.0, flat tensor of one or N elements)."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, (float, numbers.Real)) and not isinstance(value, bool):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name}: {argument} must be positive and finite, got {value}.")
         return float(value), None
