@@ -25,6 +25,8 @@ TARGETS = ("ordinary", "decoupled", "separate", "tempered", "weighting")
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
 SCALES = ("t2", "none")
 STANDARD_EPS = 1e-7  # added to the deviation of a standardised row
+# Added to the teacher's cross-entropy, by which WSLD (arXiv 2102.00650) divides the student's.
+WEIGHTING_EPS = 1e-7
 
 
 class Numbers(NamedTuple):

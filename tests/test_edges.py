@@ -172,6 +172,36 @@ def test_zero_weight_silences_an_infinite_row(backend, device):
     assert kd.kl_div(**inputs, row_weight=weight, backend=backend).isfinite()
 
 
+# What of the cross-entropy stands beside the divergence, by the teacher's probability of the label.
+@pytest.mark.parametrize(
+    "name, share",
+    [
+        ("kl_div", lambda q: 0.0),
+        ("kd_loss", lambda q: 0.1),
+        ("dkd_loss", lambda q: 0.0),
+        ("nkd_loss", lambda q: q),
+        ("ats_loss", lambda q: 0.5),
+        ("wsld_loss", lambda q: 0.0),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_weight_of_an_infinite_row_sees_what_is_finite(name, share, dtype, backend, device):
+    loss, label = LOSSES[name], torch.tensor([3], device=device)
+    inputs = loss.inputs(3, 10, dtype=dtype, device=device)
+    if "labels" in inputs:
+        inputs["labels"][1] = label
+    inputs["student"][1, 4] = -math.inf
+    student, q = inputs["student"][1:2], inputs["teacher"][1].softmax(-1)[label]
+    expected = loss(inputs, reduction="none", backend="reference")
+    expected[1] = share(q) * torch.nn.functional.cross_entropy(student, label)
+    weight = torch.tensor([0.5, 2.0, 0.0], dtype=dtype, device=device, requires_grad=True)
+    value = loss(inputs, row_weight=weight, reduction="none", backend=backend)
+    assert value.isinf().tolist() == [False, True, False]
+    (gradient,) = torch.autograd.grad(value.sum(), weight)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_never_negative(backend, device):
     """Rounding must not make a divergence of nearly identical rows negative."""
     generator = torch.Generator().manual_seed(0)

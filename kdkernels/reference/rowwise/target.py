@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.divergences import STANDARD_EPS
+from kdkernels.divergences import STANDARD_EPS, WEIGHTING_EPS
 from kdkernels.reference.rowwise.divergences import Gradient, Softmax, phi
 
 
@@ -42,7 +42,7 @@ def log_prob(logits: Tensor, target: Tensor) -> Tensor:
 
 def omega(log_s: Tensor, log_t: Tensor) -> Tensor:
     """WSLD's weight of a row, from the cross-entropies of student and teacher."""
-    return -torch.expm1(torch.where(torch.isneginf(log_t), 0.0, log_s / (1e-7 - log_t)))
+    return -torch.expm1(torch.where(torch.isneginf(log_t), 0.0, log_s / (WEIGHTING_EPS - log_t)))
 
 
 def standardized(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels import divergences
 from kdkernels.triton.math import expm1, log1p, minus_log1p
 from kdkernels.triton.sweep import centred
+
+WEIGHTING_EPS = tl.constexpr(divergences.WEIGHTING_EPS)
 
 
 @triton.jit
@@ -80,7 +83,7 @@ def _decoupled(x_s, x_t, dx):
 @triton.jit
 def _omega(log_s, log_t):
     """WSLD's weight of a row, from the target's log-probabilities at temperature 1."""
-    ratio = tl.where(log_t == -float("inf"), 0.0, -log_s / (1e-7 - log_t))
+    ratio = tl.where(log_t == -float("inf"), 0.0, -log_s / (WEIGHTING_EPS - log_t))
     return -expm1(-ratio)
 
 

@@ -222,7 +222,7 @@ Own account(Row<S>& r, CrossEntropyRow<S>& ce) {
   S z_t;
   const double log_t = teacher.log_prob(*whole.get(p.targets[r.index], 1, &z_t));
   if (p.target == Target::weighting) {
-    const double ratio = log_t < -beyond ? 0 : -log_s / (1e-7 - log_t);
+    const double ratio = log_t < -beyond ? 0 : -log_s / (weighting_eps - log_t);
     r.share *= -__builtin_expm1(-ratio);
     return {};
   }
@@ -275,21 +275,27 @@ void finish_row(Row<S>& r, double tau_s, double tau_t) {
     r.value = r.slope_s = r.slope_t = nan;
   }
 
-  const double own_scale = p.target == Target::decoupled ? scale : 1;
+  const bool decoupled = p.target == Target::decoupled;
+  const double own_scale = decoupled ? scale : 1;
   const double own_loss = own.weight != 0 ? own.weight * own.value : 0;
-  const double distilled = (share != 0 || !sound ? share * r.value : 0);
-  const double loss = scale * distilled + own_scale * own_loss +
-                      (p.ce_weight != 0 ? p.ce_weight * ce.value : 0);
-  const bool infinite = loss > beyond || loss < -beyond;
-  p.row_loss[r.index] = infinite && weight == 0 ? 0 : weight * loss;
+  const double distilled = (share != 0 || !sound ? share * r.value : 0) + (decoupled ? own_loss : 0);
+  // Of an infinite row, its weight sees what is finite.
+  double finite = 0;
+  bool infinite = false;
+  const auto add = [&](double part) {
+    if (part > beyond || part < -beyond) infinite = true;
+    else finite += part;
+  };
+  add(scale * distilled);
+  if (!decoupled) add(own_loss);
+  if (p.ce_weight != 0) add(p.ce_weight * ce.value);
+  p.row_loss[r.index] = infinite && weight != 0 ? __builtin_inf() : weight * finite;
   if (!p.row_grads) return;
   const double factor = weight * p.factor;
   // An infinite row moves no temperature.
-  const double tempered = r.infinite || r.value > beyond
-                              ? 0
-                              : distilled + (p.target == Target::decoupled ? own_loss : 0);
+  const double tempered = r.infinite || r.value > beyond ? 0 : distilled;
   double* out = p.row_grads + r.index;
-  out[0] = infinite ? 0 : loss * p.factor;
+  out[0] = finite * p.factor;
   out[p.rows] = factor * ((p.t2 ? 2 * tau_s * tempered : 0) - scale * inv_ts / tau_s * r.slope_s);
   out[2 * p.rows] = -factor * scale * inv_tt / tau_t * r.slope_t;
   out[3 * p.rows] = factor / boost;

@@ -2,6 +2,9 @@
 // What a loss does with a row's target class: a few scalars per row, in double. The sweeps see the
 // target as a class that is off (decoupled, separate) or at another temperature (tempered).
 
+// Added to the teacher's cross-entropy, by which WSLD divides. WEIGHTING_EPS in kdkernels/divergences.py.
+constexpr double weighting_eps = 1e-7;
+
 // DKD's part of the target, KL between (b, 1 - b) of teacher and student.
 struct Decoupled {
   double value = 0, slope_s = 0, slope_t = 0;  // and d/dx of either side's log-odds
