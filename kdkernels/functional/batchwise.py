@@ -98,7 +98,7 @@ def dist_loss(
     )
     choices = DistChoices(scale == "t2", compat == "torchdistill")
     student, teacher, mask, backend = _prepare(
-        name, student, teacher, labels, mask, ignore_index, group, backend
+        name, "dist", student, teacher, labels, mask, ignore_index, group, backend
     )
     if backend == "reference":
         return reference.dist(student, teacher, mask, tensor, numbers, choices)
@@ -169,7 +169,7 @@ def mlkd_loss(
     if min(temperatures) <= 0:
         raise ValueError(f"{name}: temperatures must be positive, got {min(temperatures)}.")
     student, teacher, mask, backend = _prepare(
-        name, student, teacher, labels, mask, ignore_index, group, backend
+        name, "mlkd_softmax", student, teacher, labels, mask, ignore_index, group, backend
     )
     relations = _relations(
         teacher, mask, *weights, selection, compat, compute_dtype(student, teacher)
@@ -200,10 +200,10 @@ def mlkd_loss(
     return loss
 
 
-def _prepare(name, student, teacher, labels, mask, ignore_index, group, backend):
+def _prepare(name, operator, student, teacher, labels, mask, ignore_index, group, backend):
     """Validate what the functions share; with a group, the rows of all its ranks."""
     checks.integer(name, "ignore_index", ignore_index)
-    backend = backends.select("batchwise", student.device.type, backend, name)
+    backend = backends.select(f"batchwise.{operator}", student.device.type, backend, name)
     if mask is not None:
         mask = checks.per_row(name, "mask", mask, student, None)
     if labels is not None:

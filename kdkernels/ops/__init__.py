@@ -29,13 +29,9 @@ def _load(name: str) -> None:
         _load_errors[name] = f"{name} did not load with torch {torch.__version__}: {error}"
 
 
-# The operator that speaks for a family in which none has its name.
-_SPEAKS = {"batchwise": "dist"}
-
-
 def _operator(family: str) -> str:
-    """Of "family.operator", or of a family that has one or is spoken for."""
-    return family.partition(".")[2] or _SPEAKS.get(family, family)
+    """Of "family.operator", or of a family that has but one, of its name."""
+    return family.rpartition(".")[2]
 
 
 def compiled_verdict(family: str, backend: str) -> tuple[bool, str]:

@@ -68,7 +68,6 @@ def _masks(shape, generator, device, dtype):
 
 
 _BATCHWISE = {
-    "family": "batchwise",
     "make": logits,
     "make_optional": _masks,
     "differentiable": ("student", "teacher", "temperature"),
@@ -81,6 +80,7 @@ _TEMPERATURES = (4.0, 3.0, 5.0, 2.0, 6.0)
 LOSSES = (
     Loss(
         name="dist_loss",
+        family="batchwise.dist",
         function=functional.dist_loss,
         eager=_dist,
         hyper={"temperature": 4.0, "beta": 1.0, "gamma": 2.0},
@@ -88,6 +88,7 @@ LOSSES = (
     ),
     Loss(
         name="mlkd_loss",
+        family="batchwise.mlkd_softmax",
         function=functional.mlkd_loss,
         eager=_mlkd,
         hyper={"temperatures": _TEMPERATURES},
@@ -95,6 +96,7 @@ LOSSES = (
     ),
     Loss(
         name="mlkd_published",
+        family="batchwise.mlkd_softmax",
         function=functional.mlkd_loss,
         eager=_mlkd_published,
         hyper={"temperatures": _TEMPERATURES, "compat": "mlkd"},

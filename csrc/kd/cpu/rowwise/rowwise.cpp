@@ -289,7 +289,7 @@ void finish_row(Row<S>& r, double tau_s, double tau_t) {
   add(scale * distilled);
   if (!decoupled) add(own_loss);
   if (p.ce_weight != 0) add(p.ce_weight * ce.value);
-  p.row_loss[r.index] = infinite && weight != 0 ? __builtin_inf() : weight * finite;
+  p.row_loss[r.index] = weight * finite + (infinite && weight != 0 ? __builtin_inf() : 0);
   if (!p.row_grads) return;
   const double factor = weight * p.factor;
   // An infinite row moves no temperature.
