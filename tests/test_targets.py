@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kdkernels import functional as kd
 from kdkernels import modules
-from kdkernels.testing import LOSSES, gradients, leaves, relative_errors
+from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves, relative_errors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TARGETED = ["dkd_loss", "nkd_loss", "ats_loss", "wsld_loss"]
@@ -229,6 +229,29 @@ def test_standardized_logits_are_z_scores(name, shape, backend, device):
     wanted = gradients(expected, inputs)
     for argument, gradient in gradients(value, inputs).items():
         assert relative_errors(gradient, wanted[argument])[0] < 1e-9, argument
+
+
+@pytest.mark.parametrize("name", ["kl_div", "kd_loss", "dkd_loss", "wsld_loss"])
+@pytest.mark.parametrize("classes", [40, 1000, 1500])
+def test_student_alone_of_standardized_rows(name, classes, kernel, device):
+    """Far logits in front, by which the mean is guessed; an offset; classes off on both sides."""
+    loss = LOSSES[name]
+    inputs = loss.inputs(4, classes, device=device)
+    for side in SIDES:
+        inputs[side][1, :8] += 100.0
+        inputs[side][2] += 100.0
+        inputs[side][3, 10:20] = -math.inf
+    if "labels" in inputs:
+        inputs["labels"].fill_(30)
+    results = []
+    wide = torch.float64
+    for backend, dtype in ((kernel, None), ("reference", None), ("reference", wide)):
+        given = leaves(inputs, dtype)
+        given["student"].requires_grad_()
+        value = loss(given, standardize=True, backend=backend)
+        results.append((value, *torch.autograd.grad(value, given["student"])))
+    for what, triple in zip(("value", "gradient"), zip(*results, strict=True), strict=True):
+        assert_close_to_oracle(*triple, what)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
