@@ -96,10 +96,10 @@ def learning_simplifier(
     with torch.autocast(teacher_logits.device.type, enabled=False):
         weights = {key: x.to(dtype) for key, x in weights.items()}
         if backend != "reference" and tokens == "class":
-            scores, values = _coefficients(**weights, num_heads=num_heads)
             return ops.attention.apply(
-                name, backend, teacher_logits, scores, values, number, temperatures, residual
-            )
+                name, backend, teacher_logits, ops.attention.Weights(*weights.values()), num_heads,
+                number, temperatures, residual,
+            )  # fmt: skip
         rows = teacher_logits.reshape(-1, teacher_logits.shape[-1]).to(dtype)
         weights.setdefault("class_embedding", None)
         simplified = reference.learning_simplifier(
@@ -107,24 +107,6 @@ def learning_simplifier(
             num_heads=num_heads, residual=residual, gather=_gather(name, group),
         )  # fmt: skip
         return simplified.view(teacher_logits.shape)
-
-
-def _coefficients(
-    query_weight, key_weight, value_weight, output_weight, class_embedding, num_heads
-) -> tuple[Tensor, Tensor]:
-    """Scores (H, K + 1, K + 1) and values (H, K + 1) of the classes, and of the logit as the last.
-
-    A row's token is that of its class plus its softened logit times that of the logit, so their
-    products by pairs are all that its scores are combined from.
-    """
-    tokens = torch.block_diag(class_embedding, class_embedding.new_ones(1, 1))
-    query, key = (
-        (tokens @ weight).unflatten(-1, (num_heads, -1)).transpose(0, 1)
-        for weight in (query_weight, key_weight)
-    )
-    value = value_weight.unflatten(-1, (num_heads, -1)) * output_weight.reshape(num_heads, -1)
-    scores = (query / query.shape[-1] ** 0.5) @ key.transpose(-2, -1)
-    return scores, value.sum(-1).t() @ tokens.t()
 
 
 def _gather(name: str, group: dist.ProcessGroup | None):
