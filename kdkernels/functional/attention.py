@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdkernels import backends, checks, ops, reference
 from kdkernels.distributed import gather_rows
+from kdkernels.reference.attention import softened
 
 TOKENS = ("class", "batch")
 
@@ -95,16 +96,22 @@ def learning_simplifier(
 
     with torch.autocast(teacher_logits.device.type, enabled=False):
         weights = {key: x.to(dtype) for key, x in weights.items()}
-        if backend != "reference" and tokens == "class":
-            return ops.attention.apply(
-                name, backend, teacher_logits, ops.attention.Weights(*weights.values()), num_heads,
-                number, temperatures, residual,
-            )  # fmt: skip
+        taus = number if temperatures is None else temperatures
+        if backend != "reference":
+            call = ops.attention.Call(name, backend, num_heads, number, residual)
+            given = (teacher_logits, temperatures, *weights.values())
+            if tokens == "class":
+                return ops.attention.classes(call, *given)
+            gathered = None
+            if group is not None:
+                rows = teacher_logits.reshape(-1, teacher_logits.shape[-1]).to(dtype)
+                gathered = _gather(name, group)(softened(rows, taus)[2])
+            return ops.attention.rows(call, gathered, *given)
         rows = teacher_logits.reshape(-1, teacher_logits.shape[-1]).to(dtype)
         weights.setdefault("class_embedding", None)
         simplified = reference.learning_simplifier(
-            rows, number if temperatures is None else temperatures, **weights,
-            num_heads=num_heads, residual=residual, gather=_gather(name, group),
+            rows, taus, **weights, num_heads=num_heads, residual=residual,
+            gather=_gather(name, group),
         )  # fmt: skip
         return simplified.view(teacher_logits.shape)
 

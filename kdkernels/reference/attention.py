@@ -22,11 +22,8 @@ def learning_simplifier(
     gather: Callable[[Tensor], Tensor],  # softened rows to those that rows attend to
 ) -> Tensor:  # (N, K)
     """See ``kdkernels.functional.attention`` for what it computes."""
-    off = torch.isneginf(teacher)
+    off, logits, tokens = softened(teacher, temperature)
     tau = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    # Classes that are off stand as 0, so that no derivative meets their infinity.
-    logits = torch.where(off, torch.zeros_like(teacher), teacher)
-    tokens = logits / tau
     others, hidden = tokens, None
     if class_embedding is None:
         others = gather(tokens)
@@ -40,6 +37,15 @@ def learning_simplifier(
     if residual:
         simplified = logits + simplified
     return simplified.masked_fill(off, -torch.inf)
+
+
+def softened(teacher: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which classes take no part; and logits, and these softened, in which they stand as 0."""
+    off = torch.isneginf(teacher)
+    # No derivative is to meet their infinity.
+    logits = torch.where(off, torch.zeros_like(teacher), teacher)
+    tau = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    return off, logits, logits / tau
 
 
 def _attend(

@@ -5,6 +5,8 @@
 #include "../batchwise.h"
 #include "../attention.h"
 #include "../ensemble.h"
+#include "../product.h"
+#include "../row_attention.h"
 #include "../rowwise.h"
 #include "../sparse.h"
 
@@ -22,7 +24,9 @@ namespace kd {
   X(mlkd_relate, (const MlkdRelations&, int64_t begin, int64_t end))                     \
   X(mlkd_gradient, (const MlkdParams&, int64_t begin, int64_t end))                      \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))          \
-  X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))
+  X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))       \
+  X(row_attention, (const RowAttention&, RowStep, int64_t begin, int64_t end))           \
+  X(product, (const Product&, int64_t begin, int64_t end))
 
 struct Kernels {
   const char* isa;  // "baseline", "avx2" or "avx512"

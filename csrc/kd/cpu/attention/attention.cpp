@@ -22,12 +22,16 @@
 #endif
 
 #include "../../attention.h"
+#include "../../product.h"
+#include "../../row_attention.h"
 
 namespace kd {
 namespace KD_ISA {
 #include "../simd.h"
 #include "../staging.h"
 #include "../sweep.h"
+#include "product.h"
+#include "rows.h"
 
 constexpr int R = score_rows;
 
