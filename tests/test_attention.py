@@ -15,7 +15,12 @@ import kdkernels
 from kdkernels import backends
 from kdkernels.bench import measure
 from kdkernels.functional import learning_simplifier
-from kdkernels.ops.attention import GRAD_COEFFICIENTS, GRAD_TEACHER, GRAD_TEMPERATURE
+from kdkernels.ops.attention import (
+    GRAD_COEFFICIENTS,
+    GRAD_TEACHER,
+    GRAD_TEMPERATURE,
+    GRAD_WEIGHTS,
+)
 from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves
 
 ENTRIES = [loss for loss in LOSSES.values() if loss.family == "attention"]
@@ -152,10 +157,11 @@ def test_batch_tokens_ignore_absent_classes(backend, device):
 
 
 @dtypes
+@pytest.mark.parametrize("tokens", ["class", "batch"])
 @pytest.mark.parametrize("case", ["constant", "one hot", "huge", "one row", "one class"])
-def test_extremes_are_finite(case, dtype, backend, device):
+def test_extremes_are_finite(case, tokens, dtype, backend, device):
     shape = {"one row": (1, 30), "one class": (4, 1)}.get(case, (4, 30))
-    given, options = problem(*shape, dtype=dtype, device=device, grad=True)
+    given, options = problem(*shape, tokens=tokens, dtype=dtype, device=device, grad=True)
     with torch.no_grad():
         logits = given["teacher_logits"]
         if case == "constant":
@@ -167,7 +173,7 @@ def test_extremes_are_finite(case, dtype, backend, device):
     result = learning_simplifier(**given, **options, backend=backend)
     assert result.isfinite().all()
     assert all(x.isfinite().all() for x in gradients(result.mean(), given).values())
-    if case == "one class":  # whose attention is to itself
+    if case == "one class" and tokens == "class":  # whose attention is to itself
         value = given["value_weight"].double() * given["output_weight"].double().view(-1)
         token = torch.cat([given["class_embedding"].double().view(-1), torch.zeros(1)])
         fixed = 4 * (token @ value).sum()
@@ -175,8 +181,9 @@ def test_extremes_are_finite(case, dtype, backend, device):
         torch.testing.assert_close(result.double(), wanted, rtol=2e-6, atol=2e-6)
 
 
-def test_layouts(backend, device):
-    given, options = problem(4, 3, 10, device=device)
+@pytest.mark.parametrize("tokens", ["class", "batch"])
+def test_layouts(tokens, backend, device):
+    given, options = problem(4, 3, 10, tokens=tokens, device=device)
     wanted = learning_simplifier(**given, **options, backend=backend)
     logits = given["teacher_logits"]
     wide = torch.randn(4, 3, 21, dtype=torch.float64, device=device)
@@ -191,8 +198,9 @@ def test_layouts(backend, device):
     )
 
 
-def test_no_rows(backend, device):
-    given, options = problem(0, 10, device=device, grad=True)
+@pytest.mark.parametrize("tokens", ["class", "batch"])
+def test_no_rows(tokens, backend, device):
+    given, options = problem(0, 10, tokens=tokens, device=device, grad=True)
     result = learning_simplifier(**given, **options, backend=backend)
     assert result.shape == (0, 10)
     assert not any(x.any() for x in gradients(result.sum(), given).values())
@@ -214,8 +222,9 @@ def test_gradcheck(tokens, backend, device):
         assert torch.autograd.gradgradcheck(function, tuple(given.values()))
 
 
-def test_higher_orders_need_the_reference(kernel, device):
-    given, options = problem(3, 6, device=device, grad=True)
+@pytest.mark.parametrize("tokens", ["class", "batch"])
+def test_higher_orders_need_the_reference(tokens, kernel, device):
+    given, options = problem(3, 6, tokens=tokens, device=device, grad=True)
 
     def value(teacher_logits):
         arguments = given | {"teacher_logits": teacher_logits}
@@ -228,8 +237,9 @@ def test_higher_orders_need_the_reference(kernel, device):
         torch.func.grad(value)(logits.detach())
 
 
-def test_backward_again(backend, device):
-    given, options = problem(3, 6, device=device, grad=True)
+@pytest.mark.parametrize("tokens", ["class", "batch"])
+def test_backward_again(tokens, backend, device):
+    given, options = problem(3, 6, tokens=tokens, device=device, grad=True)
     result = learning_simplifier(**given, **options, backend=backend).sum()
     inputs = list(given.values())
     first = torch.autograd.grad(result, inputs, retain_graph=True)
@@ -238,9 +248,10 @@ def test_backward_again(backend, device):
         torch.testing.assert_close(2 * a, b)
 
 
-def test_only_what_is_asked_for(backend, device):
+@pytest.mark.parametrize("tokens", ["class", "batch"])
+def test_only_what_is_asked_for(tokens, backend, device):
     """A frozen teacher, and frozen weights."""
-    given, options = problem(3, 6, device=device, grad=True)
+    given, options = problem(3, 6, tokens=tokens, device=device, grad=True)
     wanted = gradients(learning_simplifier(**given, **options, backend=backend).sum(), given)
     for frozen in given:
         fewer = leaves(given)
@@ -248,6 +259,23 @@ def test_only_what_is_asked_for(backend, device):
         result = learning_simplifier(**fewer, **options, backend=backend).sum()
         for name, gradient in gradients(result, fewer).items():
             torch.testing.assert_close(gradient, wanted[name])
+
+
+@needs_cpu
+@entries
+def test_same_bits_whatever_the_threads(entry):
+    """Of all gradients, at sizes that are split among threads."""
+    inputs = entry.inputs(70, 205, optional=True, requires_grad=True)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            value = entry(inputs, backend="cpu")
+            results.append([value, *gradients(value, inputs).values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @needs_cpu
@@ -287,6 +315,49 @@ def test_opcheck(dtype):
                 OPS.attention_backward.default,
                 (upstream, teacher, scores, values, stats, *rest, grads),
             )
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_opcheck_of_weights(dtype):
+    given, _ = problem(3, 5, dim=4, dtype=dtype)
+    _, *weights = given.values()
+    torch.library.opcheck(OPS.attention_coefficients.default, (*weights, 2))
+    received = torch.randn(2, 6, 6, dtype=dtype), torch.randn(2, 6, dtype=dtype)
+    torch.library.opcheck(OPS.attention_coefficients_backward.default, (*received, *weights, 2))
+
+
+@needs_cpu
+@dtypes
+def test_opcheck_of_rows(dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    given, _ = problem(3, 5, dim=4, tokens="batch", dtype=wide)
+    teacher, *weights = given.values()
+    teacher, upstream = teacher.to(dtype), torch.randn(3, 5, dtype=wide)
+    for temperatures in (None, torch.rand(3, dtype=wide) + 1):
+        for gathered in (None, torch.randn(7, 5, dtype=wide)):
+            rest = (2, 2.0, temperatures, True, gathered)
+            torch.library.opcheck(OPS.row_attention.default, (teacher, *weights, *rest))
+            saved = OPS.row_attention(teacher, *weights, *rest)[1]
+            for grads in (0, GRAD_WEIGHTS, GRAD_TEACHER | GRAD_TEMPERATURE | GRAD_WEIGHTS):
+                torch.library.opcheck(
+                    OPS.row_attention_backward.default,
+                    (upstream, teacher, *weights, saved, *rest, grads),
+                )
+
+
+@needs_cpu
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (9, 3, 17), (20, 100, 33), (64, 40, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_products_at_the_edges_of_tiles(sizes, dtype):
+    """Rows, columns and depths that fill no tile."""
+    rows, dim, classes = sizes
+    given, options = problem(rows, classes, dim=dim, heads=1, tokens="batch", dtype=dtype)
+    result = learning_simplifier(**given, **options, backend="cpu")
+    exact = {name: x.double() for name, x in given.items()}
+    wanted = learning_simplifier(**exact, **options, backend="reference")
+    plain = learning_simplifier(**given, **options, backend="reference")
+    assert_close_to_oracle(result, plain, wanted)
 
 
 @needs_cpu

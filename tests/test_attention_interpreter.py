@@ -32,6 +32,21 @@ def error(ours, oracle):
     return ((ours.double() - oracle).norm() / oracle.norm().clamp(min=1e-30)).item()
 
 
+def compare(given, **options):
+    """The result and all gradients, with those of the reference in fp64."""
+
+    def run(backend, cast):
+        leaves = {n: x.to(cast or x.dtype).requires_grad_() for n, x in given.items()}
+        out = learning_simplifier(**leaves, num_heads=2, **options, backend=backend)
+        out = out.masked_fill(out == -math.inf, 7.0)
+        weight = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
+        return [out, *torch.autograd.grad((out * weight).sum(), list(leaves.values()))]
+
+    limit = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
+    for ours, oracle in zip(run("triton", None), run("reference", torch.float64), strict=True):
+        assert error(ours, oracle) <= limit[ours.dtype]
+
+
 class TestInterpreted:
     __test__ = INTERPRETED
 
@@ -77,16 +92,40 @@ class TestInterpreted:
             size = 5 if temperature == "each" else 1
             given["temperature"] = torch.rand(size, generator=generator, dtype=wide) + 1
 
-        def run(backend, cast):
-            leaves = {n: x.to(cast or x.dtype).requires_grad_() for n, x in given.items()}
-            out = learning_simplifier(**leaves, num_heads=2, residual=residual, backend=backend)
-            out = out.masked_fill(out == -math.inf, 7.0)
-            weight = torch.arange(out.numel(), dtype=out.dtype).view_as(out).sin()
-            return [out, *torch.autograd.grad((out * weight).sum(), list(leaves.values()))]
+        compare(given, residual=residual)
 
-        limit = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1e-2}
-        for ours, oracle in zip(run("triton", None), run("reference", torch.float64), strict=True):
-            assert error(ours, oracle) <= limit[ours.dtype]
+    @pytest.mark.parametrize(
+        ("dtype", "temperature", "residual"),
+        [
+            (torch.float64, "each", False),
+            (torch.float32, "one", True),
+            (torch.bfloat16, "number", True),
+        ],
+        ids=str,
+    )
+    def test_batch_tokens(self, dtype, temperature, residual, monkeypatch):
+        from kdkernels.triton import row_attention
+
+        monkeypatch.setattr(row_attention, "BLOCK", 8)
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size):
+            return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+        given = {
+            "teacher_logits": 3 * normal(10, 11)[::2],
+            "query_weight": normal(11, 4) / 3,
+            "key_weight": normal(11, 4) / 3,
+            "value_weight": normal(11, 6) / 3,
+            "output_weight": normal(6, 11),
+        }
+        given["teacher_logits"][0, 3] = -math.inf
+        given["teacher_logits"][2] = -math.inf
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        if temperature != "number":
+            size = 5 if temperature == "each" else 1
+            given["temperature"] = torch.rand(size, generator=generator, dtype=wide) + 1
+        compare(given, residual=residual, tokens="batch")
 
     def test_layouts(self):
         weights = torch.randn(2, 6, 6), torch.randn(2, 6)
@@ -114,3 +153,27 @@ class TestInterpreted:
         for grads in (0, GRAD_TEACHER | GRAD_TEMPERATURE | GRAD_COEFFICIENTS):
             arguments = (upstream, teacher, scores, values, stats, *rest, grads)
             torch.library.opcheck(backward.default, arguments)
+
+    def test_registered_with_weights(self):
+        from kdkernels.triton import attention_weights, row_attention  # noqa: F401
+
+        registered, teacher, received = torch.ops.kdkernels, torch.randn(3, 5), torch.randn(2, 6, 6)
+        weights = torch.randn(6, 4), torch.randn(6, 4), torch.randn(6, 4), torch.randn(4, 1)
+        given = (*weights, torch.randn(5, 5), 2)
+        torch.library.opcheck(registered.attention_coefficients_triton.default, given)
+        torch.library.opcheck(
+            registered.attention_coefficients_backward_triton.default,
+            (received, received[:, 0].contiguous(), *given),
+        )
+        weights = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5, 4), torch.randn(4, 5)
+        forward, backward = (
+            registered.row_attention_triton,
+            registered.row_attention_backward_triton,
+        )
+        for gathered in (None, torch.randn(7, 5)):
+            rest = (2, 2.0, torch.rand(3) + 1, True, gathered)
+            torch.library.opcheck(forward.default, (teacher, *weights, *rest))
+            saved = forward(teacher, *weights, *rest)[1]
+            for grads in (0, GRAD_TEACHER | GRAD_TEMPERATURE | GRAD_COEFFICIENTS):
+                arguments = (teacher, teacher, *weights, saved, *rest, grads)
+                torch.library.opcheck(backward.default, arguments)

@@ -330,3 +330,19 @@ def test_attention(target, dtype, classes, tmp_path):
     )
     for kernel, (arguments, _) in launches:
         assert_in_registers(compiled(kernel, arguments, target), target, tmp_path)
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_row_attention(target, dtype, classes, tmp_path):
+    from kdkernels.triton import row_attention
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    teacher, x = torch.empty(64, classes, dtype=dtype), torch.empty(64, classes, dtype=wide)
+    given = row_attention.arguments(teacher, 4.0, torch.empty(64, dtype=wide), wide)
+    for kernel, rest in (
+        (row_attention.soften_kernel, {"soft": x, "out": x, "RESIDUAL": True}),
+        (row_attention.arrive_kernel, {"upstream": x, "arriving": x}),
+    ):
+        assert_in_registers(compiled(kernel, given | rest, target), target, tmp_path)

@@ -91,7 +91,8 @@ struct Weights {
   const int64_t heads, pairs, classes, dim;
   const ScalarType dtype;
   const kd::RowScalar scale;
-  const Matrix tokens, queries, keys, values;  // values (H, D + 1): by what a token's come about
+  const Matrix tokens, queries, keys;
+  const Matrix values;  // (H, D + 1), of the columns of tokens
 
   Weights(const Tensor& query_weight, const Tensor& key_weight, const Tensor& value_weight,
           const Tensor& output_weight, const Tensor& class_embedding, int64_t heads)
@@ -153,7 +154,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> coefficients_backward(
   const auto of_dim = [&](const Matrix& x) { return x.first_rows(dim).transposed(); };
   multiply(of_classes(to_queries), of_dim(w.query), to_embedding);
   multiply(of_classes(to_keys), of_dim(w.key), to_embedding, {}, true);
-  multiply(of_classes(to_values.transposed()), w.values.block(0, heads, 0, dim), to_embedding, {}, true);
+  multiply(of_classes(to_values.transposed()), w.values.block(0, heads, 0, dim), to_embedding, {},
+           true);
   return {to_query.keep, to_key.keep, to_value.keep, to_output.keep, to_embedding.keep};
 }
 

@@ -79,8 +79,8 @@ inline void multiply(const Matrix& a, const Matrix& b, const Matrix& c,
   p.b = b.data, p.b_row = b.row;
   p.c = c.data, p.c_row = c.row;
   p.factor = factor, p.add = add;
-  // A multiplication is a thirtieth of an element's work elsewhere.
-  run_tasks(kd::tasks(p), p.rows * p.columns * p.depth / 32, [&](int64_t begin, int64_t end) {
+  // `grain` is of elements, each of which is worth some ten multiplications.
+  run_tasks(kd::tasks(p), p.rows * p.columns * p.depth / 10, [&](int64_t begin, int64_t end) {
     kd::kernels().product(p, begin, end);
   });
 }

@@ -136,8 +136,10 @@ Gradients row_attention_backward(Tensor upstream, Tensor teacher, Tensor query_w
   if (grads & (to_teacher | to_temperature)) {
     const Matrix& to_soft = arriving;  // which is done with
     multiply(to_query, query.transposed(), to_soft);
-    multiply(to_key, key.transposed(), to_soft, {}, true);
-    multiply(to_value, value.transposed(), to_soft, {}, true);
+    if (!gathered) {
+      multiply(to_key, key.transposed(), to_soft, {}, true);
+      multiply(to_value, value.transposed(), to_soft, {}, true);
+    }
     call.to_soft = to_soft.data, call.width = width;
     call.attended = saved.attended.data, call.to_attended = to_attended.data;
     call.grad_temperature = grads & to_temperature ? to_each.data() : nullptr;

@@ -48,8 +48,8 @@ def learning_simplifier(
         embedding with its softened logit appended, so the last row of the weights belongs to the
         logit. Fused: time N K^2, memory N K and K^2.
         ``"batch"``: the N rows attend to each other, a token being a row's K softened logits. The
-        result of a row depends on which others are in the batch. Matrix products by torch
-        on every backend: they are nearly all of its work.
+        result of a row depends on which others are in the batch. Fused on the CPU, products
+        included; with Triton those are a library's. Time N K d, memory N K and N^2.
 
     Args:
         teacher_logits: (..., K); the leading dimensions are rows. fp64, fp32, bf16 or fp16, any
@@ -68,7 +68,7 @@ def learning_simplifier(
 
     Returns:
         (..., K), in fp32 (fp64 if any argument is), differentiable to the logits, the temperature
-        and all weights. A second derivative, or a ``torch.func`` transform, of class tokens needs
+        and all weights. A second derivative, or a ``torch.func`` transform, needs
         ``backend="reference"``.
 
     Raises:

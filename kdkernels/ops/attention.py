@@ -43,8 +43,8 @@ _BACKWARD = (
     " float temperature, Tensor? temperatures, bool residual, int grads)"
     " -> (Tensor teacher, Tensor temperatures, Tensor scores, Tensor values)"
 )
-# gathered (M, K): the softened rows to attend to, if not one's own. out (..., K); saved: what the
-# backward needs besides, as its backend has it.
+# gathered (M, K): the softened rows to attend to, if not one's own; it gets no gradient.
+# out (..., K); saved: what the backward needs besides, as its backend has it.
 _ROW_OPTIONS = "int heads, float temperature, Tensor? temperatures, bool residual, Tensor? gathered"
 _ROWS = f"(Tensor teacher, {_WEIGHTS}, {_ROW_OPTIONS}) -> (Tensor out, Tensor saved)"
 _ROWS_BACKWARD = (
@@ -130,7 +130,8 @@ _compiled, _triton = _operators(""), _operators("_triton")
 
 @torch.compiler.assume_constant_result  # imports are not for tracing
 def _register_triton() -> bool:
-    importlib.import_module("kdkernels.triton.attention")
+    for module in ("attention", "attention_weights", "row_attention"):
+        importlib.import_module(f"kdkernels.triton.{module}")
     return True
 
 

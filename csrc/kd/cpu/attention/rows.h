@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Samples attend to samples: the rows between the products (see kd/row_attention.h). Each is read
-// and written once. Included inside an ISA level's namespace.
+// Samples attend to samples: the rows between the products (see kd/row_attention.h). Each step
+// reads and writes its row once, the softmax in cache. Included inside an ISA level's namespace.
 
 // Calls body(first, n, logits, off) for blocks of a row of the teacher's.
 template <class S, class Body>
