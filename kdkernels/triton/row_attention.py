@@ -155,8 +155,8 @@ def _backward(
     to_q, to_k = _rows(to_scores @ k), _rows(to_scores.mT @ q)
     to_v = _rows(p.mT @ by_head)
 
-    nothing = query.new_empty(0)
-    to_teacher, to_rows, to_weights = teacher.new_empty(0), nothing, (nothing,) * 4
+    to_teacher, to_rows = teacher.new_empty(0), query.new_empty(0)
+    to_weights = tuple(query.new_empty(0) for _ in range(4))
     if grads & GRAD_WEIGHTS:
         to_weights = (soft.t() @ to_q, others.t() @ to_k, others.t() @ to_v)
         to_weights = (*to_weights, attended.t() @ arriving)
