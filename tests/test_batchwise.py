@@ -294,50 +294,51 @@ def test_kept_graph(entry, upstream, where):
     assert torch.equal(first, kept) and torch.equal(first, again)
 
 
-@pytest.mark.parametrize("shape", [(1000, 100), (37, 3000)])
+# The last: probabilities that DIST does not keep.
+@pytest.mark.parametrize("shape", [(1000, 100), (37, 3000), (70, 16000)])
 @losses
 @compiled
 def test_same_bits_for_any_number_of_threads(entry, shape):
     inputs = entry.inputs(*shape, optional=True, requires_grad=True)
-    inputs = {name: x.detach() if entry.name != "dist_loss" else x for name, x in inputs.items()}
     results, before = [], torch.get_num_threads()
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            if entry.name == "dist_loss":
-                value = entry(inputs, backend="cpu")
-                results.append([value, *gradients(value, inputs).values()])
-            else:  # torch's matrix products may differ; what is ours may not
-                soft = torch.ops.kdkernels.mlkd_softmax(
-                    inputs["student"], inputs["teacher"], [4.0, 1.0], inputs["mask"]
-                )
-                weight = torch.ones(shape[0])
-                results.append([*soft, *torch.ops.kdkernels.mlkd_gradient(
-                    inputs["student"], soft[0], soft[0][:, 1].contiguous(), soft[1], weight,
-                    [4.0, 1.0], True, inputs["mask"],
-                )])  # fmt: skip
+            value = entry(inputs, backend="cpu")
+            results.append([value, *gradients(value, inputs).values()])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(1, 9), (7, 40), (40, 7), (33, 33), (64, 100)])
+# Batches whose temperatures are a task each, and larger ones; few and many samples.
+@pytest.mark.parametrize("shape", [(1, 9), (33, 33), (64, 100), (130, 270), (1100, 50)])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("selection", ["median", "none"])
+@pytest.mark.parametrize("some", [False, True])
 @compiled
-def test_small_batches_are_as_large_ones(shape, dtype, selection, monkeypatch):
-    """One kernel for the relations, and the matrix products that it stands for."""
-    inputs = LOSSES["mlkd_loss"].inputs(*shape, dtype=dtype, requires_grad=True)
-    options = {"instance_weight": 0.0, "selection": selection, "backend": "cpu"}
-    value = kd.mlkd_loss(**inputs, **options)
-    found = gradients(value, inputs)
-    monkeypatch.setattr(ops.batchwise, "SMALL", 0)
-    expected = kd.mlkd_loss(**inputs, **options)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    assert relative_errors(value, expected)[0] <= tolerance
-    for name, gradient in gradients(expected, inputs).items():
-        assert relative_errors(found[name], gradient)[1] <= tolerance, name
+def test_relations_are_torchs_matrix_products(shape, dtype, some):
+    inputs = LOSSES["mlkd_loss"].inputs(*shape, dtype=dtype)
+    soft, _ = torch.ops.kdkernels.mlkd_softmax(*inputs.values(), [4.0, 1.0])
+    chosen = [(torch.arange(n) % 3 > 0).to(dtype) if some else None for n in shape]
+    loss, *found = torch.ops.kdkernels.mlkd_relate(soft, [0.3, 0.7], 3, None, *chosen)
+
+    def formula(wide):
+        p = soft[:, 0].to(wide).requires_grad_()
+        q = (soft[:, 0].to(wide) - soft[:, 1].to(wide)).detach().requires_grad_()
+        near, far = p @ p.mT - q @ q.mT, p.mT @ p - q.mT @ q
+        if some:
+            near, far = (
+                x * (c.to(wide)[:, None] * c.to(wide))
+                for x, c in zip((near, far), chosen, strict=True)
+            )
+        value = 0.3 * near.square().sum() + 0.7 * far.square().sum()
+        return value.detach(), *torch.autograd.grad(value, (p, q))
+
+    for kernel, plain, oracle in zip(
+        (loss, *found), formula(dtype), formula(torch.float64), strict=True
+    ):
+        assert_close_to_oracle(kernel, plain, oracle, "relations")
 
 
 @dtypes
@@ -353,14 +354,10 @@ def test_opcheck(dtype):
     temperatures = [4.0, 2.0]
     torch.library.opcheck(own.mlkd_softmax.default, (student, teacher, temperatures, mask))
     soft, kl = own.mlkd_softmax(student, teacher, temperatures, mask)
-    p, d = soft[:, 0], soft[:, 1]
-    grams = (p @ d.mT, d @ d.mT, p @ p.mT)
     chosen = torch.ones(6, dtype=wide)
-    for options in ((), (torch.ones(2, dtype=wide), *grams[:2], chosen)):
-        torch.library.opcheck(own.mlkd_grams.default, (*grams, [1.0, 2.0], 3, *options))
     for options in ((), (torch.ones(2, dtype=wide), chosen, torch.ones(7, dtype=wide))):
         torch.library.opcheck(own.mlkd_relate.default, (soft, [1.0, 2.0], 3, *options))
-    for relations in (None, p.contiguous()):
+    for relations in (None, soft[:, 0].contiguous()):
         torch.library.opcheck(
             own.mlkd_gradient.default,
             (student, soft, relations, kl, chosen, temperatures, False, mask),

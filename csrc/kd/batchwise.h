@@ -15,7 +15,7 @@ struct DistRow {
 };
 
 // Moments of a block of rows, then coefficients of all, per class.
-enum DistMoment { mean_s, mean_t, sum_s, sum_t, sum_ss, sum_tt, sum_st, dist_moments };
+enum DistMoment { mean_s, mean_t, sum_ss, sum_tt, sum_st, dist_moments };
 enum DistColumn { centre_s, centre_t, column_x, column_y_s, column_y_t, dist_coefficients };
 
 // Their fields, in order, are those of DistNumbers and DistChoices in kdkernels/ops/batchwise.py.
@@ -32,8 +32,10 @@ struct DistParams : DistNumbers, DistChoices {
   const uint8_t* mask = nullptr;    // (N,); 0: the row takes no part
 
   DistRow* row = nullptr;           // (N,)
-  double* moments = nullptr;        // (blocks, dist_moments, C)
-  void* columns = nullptr;          // (dist_coefficients, C) of the type accumulated in
+  // Of the type accumulated in, rows dist_stride apart.
+  void* soft = nullptr;             // (2, N, C) the probabilities, or null: computed again
+  void* moments = nullptr;          // (blocks, dist_moments, C)
+  void* columns = nullptr;          // (dist_coefficients, C)
   double* column_loss = nullptr;    // (C,)
   Rows grad_student, grad_teacher;  // null where not asked for
   double* row_factor = nullptr;     // (2, N) or null: what fp16 gradients lack
@@ -42,8 +44,11 @@ struct DistParams : DistNumbers, DistChoices {
 
 constexpr double dist_eps = 1e-8;
 
+// Logits of a side up to which the probabilities are kept: a few megabytes, which caches hold.
+constexpr int64_t dist_kept = 1 << 20;
+
 // Rows whose column moments one task accumulates; the partition depends on the shape alone, so that
-// sums are the same for any number of threads. At 32 rows, moments are a fifth of the logits' bytes.
+// sums are the same for any number of threads. At 32 rows, moments are a tenth of the logits' bytes.
 static inline int64_t dist_block_rows(int64_t rows, int64_t classes) {
   constexpr int64_t least = 32, elements = 16384, most_blocks = 64;
   int64_t n = elements / (classes > 0 ? classes : 1);
@@ -54,6 +59,30 @@ static inline int64_t dist_block_rows(int64_t rows, int64_t classes) {
 static inline int64_t dist_blocks(int64_t rows, int64_t classes) {
   const int64_t n = dist_block_rows(rows, classes);
   return (rows + n - 1) / n;
+}
+
+static inline bool in_double(const DistParams& p) {
+  return p.student.dtype == DType::float64 || p.teacher.dtype == DType::float64;
+}
+
+// Numbers from one row to the next of what stands between the steps: rows begin on cache lines, as a
+// vector across two of them costs two reads.
+static inline int64_t dist_stride(const DistParams& p) { return (p.classes + 15) / 16 * 16; }
+
+// The memory of that, in doubles, and its parts.
+static inline int64_t dist_scratch(const DistParams& p) {
+  const int64_t rows = dist_coefficients + dist_blocks(p.rows, p.classes) * dist_moments +
+                       (p.rows * p.classes <= dist_kept ? 2 * p.rows : 0);
+  return dist_stride(p) * (1 + (in_double(p) ? rows : (rows + 1) / 2)) + 8;
+}
+static inline void dist_place(DistParams& p, double* memory) {
+  const int64_t row = dist_stride(p) * (in_double(p) ? 8 : 4);
+  char* const first = (char*)(((uintptr_t)memory + 63) / 64 * 64);
+  p.column_loss = (double*)first;
+  p.columns = first + dist_stride(p) * 8;
+  p.moments = (char*)p.columns + dist_coefficients * row;
+  if (p.rows * p.classes <= dist_kept)
+    p.soft = (char*)p.moments + dist_blocks(p.rows, p.classes) * dist_moments * row;
 }
 
 constexpr int most_temperatures = 16;  // MOST_TEMPERATURES in kdkernels/ops/batchwise.py
@@ -77,31 +106,45 @@ struct MlkdParams {
   double* row_factor = nullptr;         // (N,) or null: what an fp16 gradient lacks
 };
 
-// MLKD: from the Gram matrices (T, N, N) of P and D = P - Q, P D', D D' and P P', to the loss of the
-// relations and to the matrices that give their gradients as products with P and D.
-struct MlkdGrams {
-  int64_t matrices = 0, size = 0;
-  bool in_double = false;
-  double near_weight = 0, far_weight = 0;
-  const void *pd = nullptr, *dd = nullptr, *pp = nullptr;
-  // Where only some rows and columns are selected: those of all columns, and (N,) 0 or 1; the
-  // others are of the selected columns then.
-  const void *near_pd = nullptr, *near_dd = nullptr, *chosen = nullptr;
-
-  double* loss = nullptr;                              // (T, N)
-  void *student = nullptr, *teacher = nullptr;         // (2, T, N, N): of P, of D; or null
-  void* near = nullptr;                                // (T, N, N), null where all is selected
-};
-
-// MLKD: the relations of a small batch and their gradients, from mlkd_softmax's result.
+// MLKD: the relations and their gradients to the probabilities, from mlkd_softmax's result.
 struct MlkdRelations {
   int64_t rows = 0, classes = 0, temperatures = 0;
   bool in_double = false;
   const void* soft = nullptr;                          // (T, 2, N, C)
   const void *samples = nullptr, *columns = nullptr;   // (N,), (C,) 0 or 1; null: all
   double row_weight = 0, column_weight = 0;
-  double* loss = nullptr;                              // (T,)
   void *grad_student = nullptr, *grad_teacher = nullptr;  // (T, N, C) or null
+
+  // Filled in by Relations (csrc/kd/cpu/relations.h); see relate.h for near and far.
+  int64_t size = 0, depth = 0;                         // the smaller of N and C, and the other
+  double near_weight = 0, far_weight = 0;
+  const int64_t *near = nullptr, *far = nullptr;       // indices of what is selected, where not all
+  int64_t n_near = 0, n_far = 0;
+  bool selected = false, gathered = false, of_teacher = false;
+  int64_t temperature = 0;
+  void *memory = nullptr, *grad = nullptr;
+  double* row_loss = nullptr;                          // (n_near + size,)
 };
+
+enum class RelateStep {
+  gather, near_gram, far_gram, far_square, slopes, far_gradient, gradient
+};
+
+constexpr int panel = 32;  // columns of a matrix product that one task computes
+
+// Columns of a matrix with room for whole panels, and no multiple of a page: its rows would compete
+// for a few sets of the cache.
+static inline int64_t relation_stride(int64_t columns) {
+  const int64_t whole = (columns + panel - 1) / panel * panel;
+  return whole % 1024 ? whole : whole + panel;
+}
+// Numbers at `memory`.
+static inline int64_t relation_numbers(const MlkdRelations& p) {
+  const int64_t near = p.n_near, n = p.n_far ? p.size : 0;
+  return 2 * near * (relation_stride(near) + relation_stride(p.depth)) +
+         near * relation_stride(2 * near) + 3 * n * relation_stride(n) +
+         n * relation_stride(2 * n) + (p.selected ? n : 0) * relation_stride(p.n_far) +
+         (p.gathered ? 2 * n : 0) * relation_stride(p.n_far);
+}
 
 }  // namespace kd

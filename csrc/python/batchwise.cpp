@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "arrays.h"
 
+#include "../kd/cpu/relations.h"
+
 #include <tuple>
 
 namespace kd::python {
@@ -36,10 +38,9 @@ std::pair<double, double> dist(const py::array& student, const py::array& teache
   p.temperature_grad = true;
   const int64_t blocks = kd::dist_blocks(p.rows, p.classes);
   std::vector<kd::DistRow> row(p.rows);
-  std::vector<double> moments(blocks * kd::dist_moments * p.classes);
-  std::vector<double> columns(kd::dist_coefficients * p.classes), column_loss(p.classes);
-  p.row = row.data(), p.moments = moments.data();
-  p.columns = columns.data(), p.column_loss = column_loss.data();
+  std::vector<double> scratch(kd::dist_scratch(p));
+  p.row = row.data();
+  kd::dist_place(p, scratch.data());
 
   py::gil_scoped_release release;
   const auto& kernels = kd::kernels();
@@ -48,7 +49,7 @@ std::pair<double, double> dist(const py::array& student, const py::array& teache
     split(blocks, threads, [&](int64_t a, int64_t b) { kernels.dist_measure(p, a, b); });
     split(p.classes, threads, [&](int64_t a, int64_t b) { kernels.dist_columns(p, a, b); });
     for (const auto& r : row) loss += r.loss;
-    for (const double x : column_loss) loss += x;
+    for (int64_t k = 0; k < p.classes; k++) loss += p.column_loss[k];
   }
   split_rows(p.rows, p.classes, threads,
              [&](int64_t a, int64_t b) { kernels.dist_emit(p, a, b); });
@@ -57,7 +58,7 @@ std::pair<double, double> dist(const py::array& student, const py::array& teache
 }
 
 // The steps of MLKD, arguments and results as those of the torch operators (kdkernels/ops/
-// batchwise.py), arrays contiguous. For the tests: between them stand matrix products.
+// batchwise.py), arrays contiguous. For the tests.
 kd::MlkdParams mlkd(const py::array& logits, const std::vector<double>& temperatures,
                     const py::object& mask) {
   kd::MlkdParams p;
@@ -88,35 +89,24 @@ std::pair<py::array, py::array> mlkd_softmax(const py::array& student, const py:
   return {soft, kl};
 }
 
-std::tuple<double, py::array, py::array, py::object> mlkd_grams(
-    const py::array& pd, const py::array& dd, const py::array& pp, std::vector<double> weights,
-    const py::object& near_pd, const py::object& near_dd, const py::object& chosen, int threads) {
-  kd::MlkdGrams p;
-  p.matrices = pd.shape(0), p.size = pd.shape(1);
-  p.in_double = dtype_of(pd, "pd") == kd::DType::float64;
-  p.near_weight = weights.at(0), p.far_weight = weights.at(1);
-  p.pd = pd.data(), p.dd = dd.data(), p.pp = pp.data();
-  py::array student = like(p.in_double, {2, p.matrices, p.size, p.size});
-  py::array teacher = like(p.in_double, {2, p.matrices, p.size, p.size});
-  p.student = student.mutable_data(), p.teacher = teacher.mutable_data();
-  py::object near = py::none();
-  if (!chosen.is_none()) {
-    py::array rows = like(p.in_double, {p.matrices, p.size, p.size});
-    p.near_pd = near_pd.cast<py::array>().data(), p.near_dd = near_dd.cast<py::array>().data();
-    p.chosen = chosen.cast<py::array>().data();
-    p.near = rows.mutable_data();
-    near = rows;
-  }
-  std::vector<double> row_loss(p.matrices * p.size);
-  p.loss = row_loss.data();
-  double loss = 0;
-  {
-    py::gil_scoped_release release;
-    split_rows(p.matrices * p.size, p.size, threads,
-               [&](int64_t a, int64_t b) { kd::kernels().mlkd_grams(p, a, b); });
-    for (const double x : row_loss) loss += x;
-  }
-  return {loss < 0 ? 0 : loss, student, teacher, near};
+std::tuple<double, py::array, py::array> mlkd_relate(const py::array& soft,
+                                                     std::vector<double> weights,
+                                                     const py::object& samples,
+                                                     const py::object& classes, int threads) {
+  kd::MlkdRelations p;
+  p.temperatures = soft.shape(0), p.rows = soft.shape(2), p.classes = soft.shape(3);
+  p.in_double = dtype_of(soft, "soft") == kd::DType::float64;
+  p.row_weight = weights.at(0), p.column_weight = weights.at(1);
+  p.soft = soft.data();
+  if (!samples.is_none()) p.samples = samples.cast<py::array>().data();
+  if (!classes.is_none()) p.columns = classes.cast<py::array>().data();
+  py::array student = like(p.in_double, {p.temperatures, p.rows, p.classes});
+  py::array teacher = like(p.in_double, {p.temperatures, p.rows, p.classes});
+  p.grad_student = student.mutable_data(), p.grad_teacher = teacher.mutable_data();
+  py::gil_scoped_release release;
+  const double loss = kd::Relations(p).run(
+      [threads](int64_t tasks, const auto& f) { split(tasks, threads, f); });
+  return {loss, student, teacher};
 }
 
 // `grad` is filled; row_factor: None or float64 (N,).
@@ -143,7 +133,7 @@ void mlkd_gradient(py::array grad, const py::array& soft, const py::object& rela
 void bind_batchwise(py::module_& m) {
   m.def("dist", &dist);
   m.def("mlkd_softmax", &mlkd_softmax);
-  m.def("mlkd_grams", &mlkd_grams);
+  m.def("mlkd_relate", &mlkd_relate);
   m.def("mlkd_gradient", &mlkd_gradient);
 }
 

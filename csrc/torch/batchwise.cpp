@@ -3,6 +3,8 @@
 // kdkernels/ops/batchwise.py.
 #include "tensors.h"
 
+#include "../kd/cpu/relations.h"
+
 #include <memory>
 #include <tuple>
 
@@ -32,21 +34,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dist(
     p.temperature = tau.is_double ? *static_cast<const double*>(tau.data)
                                   : *static_cast<const float*>(tau.data);
   }
-  const bool in_double =
-      p.student.dtype == kd::DType::float64 || p.teacher.dtype == kd::DType::float64;
-  const ScalarType dtype = in_double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = kd::in_double(p) ? ScalarType::Double : ScalarType::Float;
   Tensor grad_student = gradient_for(student, grads & of_student, p.grad_student);
   Tensor grad_teacher = gradient_for(teacher, grads & of_teacher, p.grad_teacher);
 
   const int64_t blocks = kd::dist_blocks(p.rows, p.classes);
   const std::unique_ptr<kd::DistRow[]> rows(new kd::DistRow[p.rows]);
-  const std::unique_ptr<double[]> scratch(
-      new double[(blocks * kd::dist_moments + kd::dist_coefficients + 1) * p.classes]);
+  const std::unique_ptr<double[]> scratch(new double[kd::dist_scratch(p)]);
   const std::unique_ptr<double[]> factors(grads & of_rows ? new double[2 * p.rows] : nullptr);
   p.row = rows.get(), p.row_factor = factors.get();
-  p.moments = scratch.get();
-  p.columns = p.moments + blocks * kd::dist_moments * p.classes;
-  p.column_loss = static_cast<double*>(p.columns) + kd::dist_coefficients * p.classes;
+  kd::dist_place(p, scratch.get());
   p.temperature_grad = grads & of_temperature;
 
   const auto& kernels = kd::kernels();
@@ -107,44 +104,6 @@ void scale_weights(std::vector<double>& weights, const std::optional<Tensor>& sc
                       : static_cast<const float*>(scale->const_data_ptr())[i];
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mlkd_grams(
-    Tensor pd, Tensor dd, Tensor pp, std::vector<double> weights, int64_t grads,
-    std::optional<Tensor> scale, std::optional<Tensor> near_pd, std::optional<Tensor> near_dd,
-    std::optional<Tensor> chosen) {
-  kd::MlkdGrams p;
-  p.matrices = pd.size(0), p.size = pd.size(1);
-  const ScalarType dtype = pd.scalar_type();
-  p.in_double = dtype == ScalarType::Double;
-  scale_weights(weights, scale);
-  p.near_weight = weights[0], p.far_weight = weights[1];
-  p.pd = pd.const_data_ptr(), p.dd = dd.const_data_ptr(), p.pp = pp.const_data_ptr();
-  const std::vector<int64_t> shape{p.matrices, p.size, p.size};
-  Tensor student = nothing(dtype), teacher = nothing(dtype), near = nothing(dtype);
-  const auto coefficients = [&](bool wanted, Tensor& out, void*& to) {
-    if (!wanted) return;
-    out = contiguous({2, p.matrices, p.size, p.size}, dtype);
-    to = out.mutable_data_ptr();
-  };
-  coefficients(grads & of_student, student, p.student);
-  coefficients(grads & of_teacher, teacher, p.teacher);
-  if (chosen) {
-    p.near_pd = near_pd->const_data_ptr(), p.near_dd = near_dd->const_data_ptr();
-    p.chosen = chosen->const_data_ptr();
-    near = contiguous(shape, dtype);
-    p.near = near.mutable_data_ptr();
-  }
-  const int64_t rows = p.matrices * p.size;
-  const std::unique_ptr<double[]> row_loss(new double[rows]);
-  p.loss = row_loss.get();
-  const auto& kernel = kd::kernels().mlkd_grams;
-  parallel_for(0, rows, kd::rows_per_task(p.size),
-               [&](int64_t a, int64_t b) { kernel(p, a, b); });
-  double loss = 0;
-  for (int64_t i = 0; i < rows; i++) loss += p.loss[i];
-  if (loss < 0) loss = 0;  // of rounding: it is a sum of squares
-  return {stored(&loss, {}, dtype), student, teacher, near};
-}
-
 std::tuple<Tensor, Tensor, Tensor> mlkd_relate(Tensor soft, std::vector<double> weights,
                                                int64_t grads, std::optional<Tensor> scale,
                                                std::optional<Tensor> samples,
@@ -166,15 +125,9 @@ std::tuple<Tensor, Tensor, Tensor> mlkd_relate(Tensor soft, std::vector<double> 
   };
   gradient(grads & of_student, student, p.grad_student);
   gradient(grads & of_teacher, teacher, p.grad_teacher);
-  std::vector<double> losses(p.temperatures);
-  p.loss = losses.data();
-  const auto& kernel = kd::kernels().mlkd_relate;
-  const int64_t work = p.rows * p.classes * std::min(p.rows, p.classes) / 16 + 1;
-  parallel_for(0, p.temperatures, kd::grain / work + 1,
-               [&](int64_t a, int64_t b) { kernel(p, a, b); });
-  double loss = 0;
-  for (double one : losses) loss += one;
-  if (loss < 0) loss = 0;  // of rounding: it is a sum of squares
+  const double loss = kd::Relations(p).run([](int64_t tasks, const auto& f) {
+    parallel_for(0, tasks, 1, f);
+  });
   return {stored(&loss, {}, dtype), student, teacher};
 }
 
@@ -204,7 +157,6 @@ std::tuple<Tensor, Tensor> mlkd_gradient(Tensor logits, Tensor soft,
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("dist", TORCH_BOX(&dist));
   m.impl("mlkd_softmax", TORCH_BOX(&mlkd_softmax));
-  m.impl("mlkd_grams", TORCH_BOX(&mlkd_grams));
   m.impl("mlkd_relate", TORCH_BOX(&mlkd_relate));
   m.impl("mlkd_gradient", TORCH_BOX(&mlkd_gradient));
 }

@@ -12,7 +12,9 @@ Arguments that the functions here share:
     ignore_index: rows with this label take no part.
     group: the rows of all ranks of this process group take part; every rank gets the same loss, and
         the gradient that DDP's averaging turns into that of one process on the whole batch. Ranks
-        may have different numbers of rows. Without it a loss sees its own rank's rows alone. Not
+        may have different numbers of rows. Each rank checks its own arguments first: one that
+        raises leaves the others waiting in the collective, until the group's timeout, as with any
+        error on one rank. Without it a loss sees its own rank's rows alone. Not
         under ``torch.compile(fullgraph=True)``.
     backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; anything but
         ``"auto"`` raises where it cannot run.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses that relate the rows of a batch to each other.
 
-MLKD has none here: between its kernels stand matrix products, whose bits are torch's.
+MLKD has none here: its selection and weights are torch operations around the kernels.
 """
 
 from __future__ import annotations

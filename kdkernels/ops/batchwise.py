@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``kdkernels::dist`` and ``kdkernels::mlkd_*``: losses that relate a batch's rows.
 
-DIST is one operator. MLKD is three around matrix products, which are torch's.
+DIST is one operator. MLKD is three; in Triton, the relations between the softmax and the gradient
+are an operator among matrix products, which are torch's.
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from kdkernels.ops.rowwise import (
 
 GRAD_TEMPERATURE = 8
 MOST_TEMPERATURES = 16
-# Products of numbers, per temperature and Gram matrix, up to which MLKD's relations are one kernel.
-SMALL = 2**21
 
 
 class DistNumbers(NamedTuple):
@@ -51,8 +50,9 @@ _SOFTMAX = (
     "(Tensor student, Tensor teacher, float[] temperatures, Tensor? mask=None)"
     " -> (Tensor soft, Tensor kl)"
 )
-# From the Gram matrices (T, N, N) P D', D D' and P P' of P = p_s and D = p_s - p_t, with weights of
-# the relations of the rows and of the columns, to their loss and its gradients as matrices:
+# Triton's relations: from the Gram matrices (T, N, N) P D', D D' and P P' of P = p_s and
+# D = p_s - p_t, with weights of the relations of the rows and of the columns, to their loss and its
+# gradients as matrices:
 # `student` (2, T, N, N) gives that to p_s as student[0] P + student[1] D, `teacher` that to p_t.
 # Where only some rows (`chosen`, (N,) 0 or 1) and columns are selected, these are the matrices of
 # the selected columns, `near_pd` and `near_dd` of all, and `near` (T, N, N) P is the gradient of
@@ -62,14 +62,15 @@ _GRAMS = (
     " Tensor? near_pd=None, Tensor? near_dd=None, Tensor? chosen=None)"
     " -> (Tensor loss, Tensor student, Tensor teacher, Tensor near)"
 )
-# The same at once, for small batches: from `soft` and the selections of rows and classes to the
-# loss and the relations' gradients (T, N, C) to p_s and p_t. Of size 0 where not asked for.
+# The CPU's, at once: from `soft` and the selections of rows and classes to the loss and the
+# relations' gradients (T, N, C) to p_s and p_t. Of size 0 where not asked for.
 _RELATE = (
     "(Tensor soft, float[] weights, int grads, Tensor? scale=None, Tensor? samples=None,"
     " Tensor? classes=None) -> (Tensor loss, Tensor student, Tensor teacher)"
 )
-# From the relations' gradient to p_s or p_t (T, N, C), if any, and the weight of each row's KL, the
-# gradient to that side's logits; row_factor (N,) if that is fp16, else of size 0.
+# From the relations' gradient to p_s or p_t (T, N, C), if any, and, to the student alone, the
+# weight of each row's KL, the gradient to that side's logits; row_factor (N,) if that is fp16, else
+# of size 0.
 _GRADIENT = (
     "(Tensor logits, Tensor soft, Tensor? relations, Tensor kl, Tensor row_weight,"
     " float[] temperatures, bool of_teacher, Tensor? mask=None)"
@@ -121,18 +122,18 @@ def _fake_relate(soft, weights, grads, scale=None, samples=None, classes=None):
     )
 
 
-torch.library.define(f"{NAMESPACE}::mlkd_relate", _RELATE)
-torch.library.register_fake(f"{NAMESPACE}::mlkd_relate", _fake_relate)
-
 for _name, _schema, _fake in (
     ("dist", _DIST, _fake_dist),
+    ("dist_triton", _DIST, _fake_dist),
     ("mlkd_softmax", _SOFTMAX, _fake_softmax),
-    ("mlkd_grams", _GRAMS, _fake_grams),
+    ("mlkd_softmax_triton", _SOFTMAX, _fake_softmax),
+    ("mlkd_relate", _RELATE, _fake_relate),
+    ("mlkd_grams_triton", _GRAMS, _fake_grams),
     ("mlkd_gradient", _GRADIENT, _fake_gradient),
+    ("mlkd_gradient_triton", _GRADIENT, _fake_gradient),
 ):
-    for _suffix in ("", "_triton"):
-        torch.library.define(f"{NAMESPACE}::{_name}{_suffix}", _schema)
-        torch.library.register_fake(f"{NAMESPACE}::{_name}{_suffix}", _fake)
+    torch.library.define(f"{NAMESPACE}::{_name}", _schema)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
 
 _ops = torch.ops.kdkernels
 
@@ -221,11 +222,9 @@ def _relate(triton: bool, soft, relations: Relations, need):
     """
     grads = GRAD_STUDENT * need[0] | GRAD_TEACHER * need[1]
     weights, scale, near, far = relations[1:]
-    rows, classes = soft.shape[2:]
-    if not triton and rows * classes * min(rows, classes) <= SMALL:
+    if not triton:
         loss, *gradients = _ops.mlkd_relate.default(soft, weights, grads, scale, near, far)
         return loss, [g if need[i] else None for i, g in enumerate(gradients)]
-    grams = _ops.mlkd_grams_triton if triton else _ops.mlkd_grams
     p, d = soft[:, 0], soft[:, 1]
     wide = p.shape[1] <= p.shape[2]
     if not wide:
@@ -233,7 +232,7 @@ def _relate(triton: bool, soft, relations: Relations, need):
         scale = None if scale is None else scale.flip(0)
     of_near = (None, None) if near is None else (p @ d.mT, d @ d.mT)
     p_far, d_far = (p, d) if far is None else (p * far, d * far)
-    loss, student, teacher, of_rows = grams.default(
+    loss, student, teacher, of_rows = _ops.mlkd_grams_triton.default(
         p_far @ d_far.mT, d_far @ d_far.mT, p_far @ p_far.mT, weights,
         grads, scale, *of_near, near,
     )  # fmt: skip

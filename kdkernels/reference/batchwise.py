@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -77,7 +79,10 @@ def mlkd(
 ) -> Tensor:
     """See ``kdkernels.functional.mlkd_loss``."""
     choices = Choices(kind=KINDS.index("forward_kl"), reduction=REDUCTIONS.index("sum"))
-    given = (None, mask, relations.row_weight, None, None)
+    given = SimpleNamespace(  # as kdkernels.functional.rows.Rows
+        labels=None, mask=mask, row_weight=relations.row_weight, temperatures=None,
+        teacher_temperatures=None,
+    )  # fmt: skip
     loss = sum(
         rowwise(student, teacher, given, None, Numbers(temperature=tau), choices)
         for tau in temperatures

@@ -197,7 +197,7 @@ def _gradient(logits, soft, relations, kl, row_weight, temperatures, of_teacher,
 
 
 def _grams(pd, dd, pp, weights, grads, shares=None, near_pd=None, near_dd=None, chosen=None):
-    """As ``gram_row`` of csrc/kd/cpu/batchwise/mlkd.h; small beside the products around it."""
+    """As ``far_slopes`` of csrc/kd/cpu/batchwise/relate.h; small beside the products around it."""
     if shares is not None:
         weights = [weight * share for weight, share in zip(weights, shares, strict=True)]
     near_weight, far_weight = weights

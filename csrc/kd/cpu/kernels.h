@@ -20,8 +20,7 @@ namespace kd {
   X(dist_columns, (const DistParams&, int64_t begin, int64_t end))                       \
   X(dist_emit, (const DistParams&, int64_t begin, int64_t end))                          \
   X(mlkd_softmax, (const MlkdParams&, int64_t begin, int64_t end))                       \
-  X(mlkd_grams, (const MlkdGrams&, int64_t begin, int64_t end))                          \
-  X(mlkd_relate, (const MlkdRelations&, int64_t begin, int64_t end))                     \
+  X(mlkd_relate, (const MlkdRelations&, RelateStep, int64_t begin, int64_t end))         \
   X(mlkd_gradient, (const MlkdParams&, int64_t begin, int64_t end))                      \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))          \
   X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))       \

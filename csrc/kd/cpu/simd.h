@@ -62,6 +62,19 @@ KD_FN vf at_least(vf x, vf low) { return (vf)_mm256_max_ps((__m256)low, (__m256)
 KD_FN vf at_most(vf x, vf high) { return (vf)_mm256_min_ps((__m256)high, (__m256)x); }
 #endif
 
+// The square root.
+KD_FN double root(double x) { return __builtin_sqrt(x); }
+#if KD_BYTES == 64
+KD_FN vd root(vd x) { return (vd)_mm512_sqrt_pd((__m512d)x); }
+#elif KD_BYTES == 32
+KD_FN vd root(vd x) { return (vd)_mm256_sqrt_pd((__m256d)x); }
+#else
+KD_FN vd root(vd x) {
+  for (int i = 0; i < Lanes<vd>::count; i++) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+#endif
+
 // Over the lanes, always in the same order.
 #if KD_BYTES == 64
 KD_FN float sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }

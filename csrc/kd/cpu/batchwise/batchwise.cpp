@@ -15,11 +15,8 @@ namespace KD_ISA {
 #include "softmax.h"
 #include "dist.h"
 #include "mlkd.h"
+#include "product.h"
 #include "relate.h"
-
-inline bool in_double(const DistParams& p) {
-  return p.student.dtype == DType::float64 || p.teacher.dtype == DType::float64;
-}
 
 void dist_measure(const DistParams& p, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; b++)
@@ -37,18 +34,9 @@ void mlkd_softmax(const MlkdParams& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++)
     p.in_double ? softmax_row<double>(p, i) : softmax_row<float>(p, i);
 }
-void mlkd_grams(const MlkdGrams& p, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i++) p.in_double ? gram_row<double>(p, i) : gram_row<float>(p, i);
-}
-void mlkd_relate(const MlkdRelations& p, int64_t begin, int64_t end) {
-  const bool wide = p.rows <= p.classes;
-  const int64_t n = wide ? p.rows : p.classes, f = wide ? p.classes : p.rows;
-  const int64_t size = relation_size(n, f) * (p.in_double ? 8 : 4) + 2 * (n + f) * 8 + 64;
-  char* memory = (char*)__builtin_malloc(size + 64);
-  char* aligned = memory + (64 - (uintptr_t)memory % 64);
-  for (int64_t j = begin; j < end; j++)
-    p.in_double ? relate<double>(p, j, aligned) : relate<float>(p, j, aligned);
-  __builtin_free(memory);
+void mlkd_relate(const MlkdRelations& p, RelateStep step, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++)
+    p.in_double ? Relation<double>(p).run(step, i) : Relation<float>(p).run(step, i);
 }
 void mlkd_gradient(const MlkdParams& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++)

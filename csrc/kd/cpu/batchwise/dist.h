@@ -1,211 +1,185 @@
 // SPDX-License-Identifier: Apache-2.0
 // DIST: Pearson correlations of the two softmaxes along rows and along columns, and the gradients.
-// The logits are read from memory twice and every gradient written once (fp32, loss and student
-// gradient: 20 bytes an element); nothing of their size is kept in between.
 //
-//   measure  per block of rows: each row's softmax and correlation, and the block's column moments
+//   measure  per block of rows: their softmaxes and correlations, and the block's column moments
 //   merge    the blocks' moments in their order: column correlations and gradient coefficients
-//   emit     softmax again, and the gradients
+//   emit     the gradients
 //
-// Correlations are taken in double, of differences that are exactly 0 for constant rows and
-// columns: rows are centred as exponentials, whose largest is 1, and columns are measured from the
-// block's first row. Included inside an ISA level's namespace.
+// The logits are read from memory once and every gradient written once; the probabilities between
+// are kept where a cache holds them, and computed again from the logits where it does not (fp32,
+// loss and student gradient: 20 bytes an element then).
+//
+// Sums are taken of differences that are exactly 0 for constant rows and columns: rows are centred
+// as exponentials, whose largest is 1, and columns are measured from the block's first row. Few
+// terms are summed in a lane; what is added after that, and the correlations, are in double.
+// Included inside an ISA level's namespace.
 
-constexpr int group = 8;  // rows whose softmaxes wait, in L2 at most, for their column moments
-
-// Half a vector of fp32, or a whole one of fp64, as fp64.
-typedef float vhalf __attribute__((vector_size(KD_BYTES / 2)));
-KD_FN vd widened(const float* p) {
-  vhalf v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, vd);
-}
-KD_FN vd widened(const double* p) { return load<vd>(p); }
-
-struct Pearson {
-  double correlation = 0, x = 0, y_s = 0, y_t = 0;
-};
-// From the centred sums of squares and products: d correlation / d s = x t - y_s s.
-inline Pearson pearson(double ss, double tt, double st, bool clamp) {
-  const double s = __builtin_sqrt(ss), t = __builtin_sqrt(tt);
-  const double low_s = clamp && s < dist_eps ? dist_eps : s;
-  const double low_t = clamp && t < dist_eps ? dist_eps : t;
-  const double product = clamp ? low_s * low_t : s * t + dist_eps;
-  Pearson r;
-  r.correlation = st / product;
-  r.x = 1 / product;
-  // d product / d s = s-hat t, less where a norm is clamped; at a norm of 0 the subgradient 0.
-  if (s > 0 && low_s == s) r.y_s = r.correlation / product * low_t / s;
-  if (t > 0 && low_t == t) r.y_t = r.correlation / product * low_s / t;
-  return r;
-}
-
-// exp((z - max) / temperature) * factor of part of a row; `out` has room for a whole vector more.
-template <class S>
-KD_FN void exponentials(const RowReader<S>& row, int64_t first, int n, S max, S rate, S factor,
-                        S* scratch, S* out) {
-  using V = typename VectorOf<S>::V;
-  const S* z = row.get(first, n, scratch);
-  sweep<V>(n, [&](int i, auto w) {
-    store<V>(out + i, exp_at_rate(read_logits<V>(z + i, w) - max, rate) * factor);
-  });
-}
-
-template <class S>
-KD_FN double total(const S* e, int n) {
-  using V = typename VectorOf<S>::V;
-  V sums{};
-  sweep<V>(n, [&](int i, auto w) { sums += read<V>(e + i, w, S(0)); });
-  return sum(sums);
-}
-
-template <class S>
-struct Centred {
-  double ss = 0, tt = 0, st = 0;
-  // Adds n exponentials, and turns them into probabilities.
-  KD_FN void add(S* s, S* t, int n, S mean_s, S mean_t, S inverse_s, S inverse_t) {
-    constexpr int width = Lanes<vd>::count;
-    for (int i = n; i % width; i++) s[i] = mean_s, t[i] = mean_t;
-    vd sum_ss{}, sum_tt{}, sum_st{};
-    for (int i = 0; i < n; i += width) {
-      const vd ds = widened(s + i) - (double)mean_s, dt = widened(t + i) - (double)mean_t;
-      sum_ss += ds * ds, sum_tt += dt * dt, sum_st += ds * dt;
-    }
-    ss += sum(sum_ss), tt += sum(sum_tt), st += sum(sum_st);
-    using V = typename VectorOf<S>::V;
-    sweep<V>(n, [&](int i, auto w) {
-      write<V>(s + i, w, read<V>(s + i, w, S(0)) * inverse_s);
-      write<V>(t + i, w, read<V>(t + i, w, S(0)) * inverse_t);
-    });
-  }
-};
-
-template <class S>
-void measure_block(const DistParams& p, int64_t b) {
-  using V = typename VectorOf<S>::V;
-  const int64_t c = p.classes, size = dist_block_rows(p.rows, c);
-  const int64_t begin = b * size, end = begin + size < p.rows ? begin + size : p.rows;
-  double* moments = p.moments + b * dist_moments * c;
-  __builtin_memset(moments, 0, dist_moments * c * sizeof(double));
-  const S rate = exp_rate<S>(1 / p.temperature);
-  alignas(64) S soft[2 * group][block + Lanes<V>::count], scratch[block];
-  bool pivoted = false;
-  int64_t members[group], counted = 0;
-  for (int64_t next = begin; next < end;) {
-    int n_rows = 0;
-    for (; next < end && n_rows < group; next++)
-      if (!p.mask || p.mask[next]) members[n_rows++] = next;
-    if (!n_rows) break;
-    counted += n_rows;
-    const auto soften = [&](int g, int64_t first, int n) {
-      const DistRow& row = p.row[members[g]];
-      exponentials<S>({p.student, row_offset(p.student, members[g])}, first, n, (S)row.max_s, rate,
-                      S(1), scratch, soft[2 * g]);
-      exponentials<S>({p.teacher, row_offset(p.teacher, members[g])}, first, n, (S)row.max_t, rate,
-                      S(1), scratch, soft[2 * g + 1]);
-    };
-    for (int g = 0; g < n_rows; g++) {
-      DistRow& row = p.row[members[g]];
-      row.max_s = largest_of<S>({p.student, row_offset(p.student, members[g])}, c);
-      row.max_t = largest_of<S>({p.teacher, row_offset(p.teacher, members[g])}, c);
-      double total_s = 0, total_t = 0;
-      for_blocks(c, [&](int64_t first, int n) {
-        soften(g, first, n);
-        total_s += total(soft[2 * g], n), total_t += total(soft[2 * g + 1], n);
-      });
-      if (!(row.max_s > floor_of<S>)) total_s = __builtin_nan("");  // no finite class
-      if (!(row.max_t > floor_of<S>)) total_t = __builtin_nan("");
-      row.inverse_s = S(1 / total_s), row.inverse_t = S(1 / total_t);
-      row.mean_s = S(total_s / c), row.mean_t = S(total_t / c);
-    }
-    Centred<S> centred[group];
-    for_blocks(c, [&](int64_t first, int n) {
-      for (int g = 0; g < n_rows; g++) {
-        const DistRow& row = p.row[members[g]];
-        if (c > block) soften(g, first, n);
-        centred[g].add(soft[2 * g], soft[2 * g + 1], n, (S)row.mean_s, (S)row.mean_t,
-                       (S)row.inverse_s, (S)row.inverse_t);
-      }
-      double* at[dist_moments];
-      for (int m = 0; m < dist_moments; m++) at[m] = moments + m * c + first;
-      if (!pivoted)
-        for (int i = 0; i < n; i++) at[mean_s][i] = soft[0][i], at[mean_t][i] = soft[1][i];
-      sweep<vd>(n, [&](int i, auto w) {
-        const vd pivot_s = read<vd>(at[mean_s] + i, w, 0.), pivot_t = read<vd>(at[mean_t] + i, w, 0.);
-        vd s{}, t{}, ss{}, tt{}, st{};
-        for (int g = 0; g < n_rows; g++) {
-          const vd ds = widened(soft[2 * g] + i) - pivot_s;
-          const vd dt = widened(soft[2 * g + 1] + i) - pivot_t;
-          s += ds, t += dt, ss += ds * ds, tt += dt * dt, st += ds * dt;
-        }
-        const auto add = [&](double* to, vd v) { write<vd>(to + i, w, read<vd>(to + i, w, 0.) + v); };
-        add(at[sum_s], s), add(at[sum_t], t);
-        add(at[sum_ss], ss), add(at[sum_tt], tt), add(at[sum_st], st);
-      });
-    });
-    pivoted = true;
-    for (int g = 0; g < n_rows; g++) {
-      DistRow& row = p.row[members[g]];
-      const double i_s = row.inverse_s, i_t = row.inverse_t;
-      const Pearson r = pearson(centred[g].ss * i_s * i_s, centred[g].tt * i_t * i_t,
-                                centred[g].st * i_s * i_t, p.clamp);
-      const double weight = (p.t2 ? p.temperature * p.temperature : 1) * p.beta / p.counted;
-      row.loss = weight * (1 - r.correlation);
-      row.x = -weight * r.x, row.y_s = -weight * r.y_s, row.y_t = -weight * r.y_t;
-    }
-  }
-  // From the pivot to the mean.
-  for (int64_t k = 0; counted && k < c; k++) {
-    double* m = moments + k;
-    const double s = m[sum_s * c] / counted, t = m[sum_t * c] / counted;
-    m[mean_s * c] += s, m[mean_t * c] += t;
-    m[sum_ss * c] -= m[sum_s * c] * s, m[sum_tt * c] -= m[sum_t * c] * t;
-    m[sum_st * c] -= m[sum_s * c] * t;
-  }
-}
-
-inline double at_least_zero(double x) { return x < 0 ? 0 : x; }  // NaN stays
-
-// Rows of a block that take part.
-inline int64_t counted_in(const DistParams& p, int64_t b) {
-  const int64_t size = dist_block_rows(p.rows, p.classes), begin = b * size;
-  const int64_t end = begin + size < p.rows ? begin + size : p.rows;
+// Rows of [begin, end) that take part.
+inline int64_t counted_in(const DistParams& p, int64_t begin, int64_t end) {
   if (!p.mask) return end - begin;
   int64_t n = 0;
   for (int64_t i = begin; i < end; i++) n += p.mask[i] != 0;
   return n;
 }
 
+template <class T>
+struct Pearson {
+  T correlation, x, y_s, y_t;
+};
+// From the centred sums of squares and products: d correlation / d s = x t - y_s s. Of a double or
+// of a vector of them.
+template <class T>
+KD_FN Pearson<T> pearson(T ss, T tt, T st, bool clamp) {
+  const T s = root(ss), t = root(tt), eps = T{} + dist_eps;
+  const T low_s = clamp ? select(s < eps, eps, s) : s, low_t = clamp ? select(t < eps, eps, t) : t;
+  const T product = clamp ? low_s * low_t : s * t + eps;
+  const T correlation = st / product, slope = correlation / product;
+  // d product / d s = s-hat t, less where a norm is clamped; at a norm of 0 the subgradient 0.
+  return {correlation, 1 / product,
+          select((s > T{}) & (low_s == s), slope * low_t / s, T{}),
+          select((t > T{}) & (low_t == t), slope * low_s / t, T{})};
+}
+
+// exp((z - max) / temperature) * factor of part of a row, and its sum.
+template <class S>
+KD_FN double exponentials(const RowReader<S>& row, int64_t first, int n, S max, S rate, S factor,
+                          S* scratch, S* out) {
+  using V = typename VectorOf<S>::V;
+  const S* z = row.get(first, n, scratch);
+  V sums{};
+  sweep<V>(n, [&](int i, auto w) {
+    const V e = exp_at_rate(read_logits<V>(z + i, w) - max, rate) * factor;
+    write<V>(out + i, w, e);
+    sums += e;
+  });
+  return sum(sums);
+}
+
+// A row's statistics, and its probabilities.
+template <class S>
+void measure_row(const DistParams& p, int64_t i, S* s, S* t) {
+  using V = typename VectorOf<S>::V;
+  const int64_t c = p.classes;
+  const RowReader<S> student{p.student, row_offset(p.student, i)};
+  const RowReader<S> teacher{p.teacher, row_offset(p.teacher, i)};
+  const S max_s = largest_of(student, c), max_t = largest_of(teacher, c);
+  const S rate = exp_rate<S>(1 / p.temperature);
+  alignas(64) S scratch[block];
+  double total_s = 0, total_t = 0;
+  for_blocks(c, [&](int64_t first, int n) {
+    total_s += exponentials<S>(student, first, n, max_s, rate, S(1), scratch, s + first);
+    total_t += exponentials<S>(teacher, first, n, max_t, rate, S(1), scratch, t + first);
+  });
+  if (!(max_s > floor_of<S>)) total_s = __builtin_nan("");  // no finite class
+  if (!(max_t > floor_of<S>)) total_t = __builtin_nan("");
+  const S inverse_s = S(1 / total_s), inverse_t = S(1 / total_t);
+  const S mean_s = S(total_s / c), mean_t = S(total_t / c);
+  double ss = 0, tt = 0, st = 0;
+  for_blocks(c, [&](int64_t first, int n) {
+    S *const to_s = s + first, *const to_t = t + first;
+    V sum_ss{}, sum_tt{}, sum_st{};
+    sweep<V>(n, [&](int k, auto w) {
+      const V a = read<V>(to_s + k, w, mean_s), b = read<V>(to_t + k, w, mean_t);
+      const V ds = a - mean_s, dt = b - mean_t;
+      sum_ss += ds * ds, sum_tt += dt * dt, sum_st += ds * dt;
+      write<V>(to_s + k, w, a * inverse_s), write<V>(to_t + k, w, b * inverse_t);
+    });
+    ss += sum(sum_ss), tt += sum(sum_tt), st += sum(sum_st);
+  });
+  const double i_s = inverse_s, i_t = inverse_t;
+  const auto r = pearson(ss * i_s * i_s, tt * i_t * i_t, st * i_s * i_t, p.clamp);
+  const double weight = (p.t2 ? p.temperature * p.temperature : 1) * p.beta / p.counted;
+  p.row[i] = {max_s, max_t, i_s, i_t, mean_s, mean_t,
+              -weight * r.x, -weight * r.y_s, -weight * r.y_t, weight * (1 - r.correlation), 0};
+}
+
+// The moments of the columns of rows [begin, end), whose probabilities are at s and t.
+template <class S>
+void measure_columns(const DistParams& p, int64_t begin, int64_t end, const S* s, const S* t) {
+  using V = typename VectorOf<S>::V;
+  constexpr int64_t few = 32;  // rows whose terms are summed before they are added to the others'
+  const int64_t c = p.classes, stride = dist_stride(p), counted = counted_in(p, begin, end);
+  if (!counted) return;
+  int64_t pivot = begin;
+  while (p.mask && !p.mask[pivot]) pivot++;
+  pivot = (pivot - begin) * stride;
+  S* const moments = (S*)p.moments + begin / dist_block_rows(p.rows, c) * dist_moments * stride;
+  const S share = S(1. / counted);
+  const auto each = [&](const auto& body, const auto& few_done) {
+    for (int64_t first = begin; first < end; first += few) {
+      const int64_t last = first + few < end ? first + few : end;
+      for (int64_t i = first; i < last; i++)
+        if (!p.mask || p.mask[i]) body((i - begin) * stride);
+      few_done();
+    }
+  };
+  sweep<V>(c, [&](int k, auto w) {
+    const V first_s = read<V>(s + pivot + k, w, S(0)), first_t = read<V>(t + pivot + k, w, S(0));
+    V of_s{}, of_t{}, total_s{}, total_t{};
+    each([&](int64_t at) {
+      of_s += read<V>(s + at + k, w, S(0)) - first_s, of_t += read<V>(t + at + k, w, S(0)) - first_t;
+    }, [&] { total_s += of_s, total_t += of_t, of_s = of_t = V{}; });
+    const V centre_s = first_s + total_s * share, centre_t = first_t + total_t * share;
+    V ss{}, tt{}, st{}, total_ss{}, total_tt{}, total_st{};
+    each([&](int64_t at) {
+      const V ds = read<V>(s + at + k, w, S(0)) - centre_s;
+      const V dt = read<V>(t + at + k, w, S(0)) - centre_t;
+      ss += ds * ds, tt += dt * dt, st += ds * dt;
+    }, [&] { total_ss += ss, total_tt += tt, total_st += st, ss = tt = st = V{}; });
+    const V found[dist_moments] = {centre_s, centre_t, total_ss, total_tt, total_st};
+    for (int m = 0; m < dist_moments; m++) write<V>(moments + m * stride + k, w, found[m]);
+  });
+}
+
+template <class S>
+void measure_block(const DistParams& p, int64_t b) {
+  const int64_t stride = dist_stride(p), size = dist_block_rows(p.rows, p.classes);
+  const int64_t begin = b * size, end = begin + size < p.rows ? begin + size : p.rows;
+  void* const own = p.soft ? nullptr : __builtin_malloc(2 * (end - begin) * stride * sizeof(S));
+  S* const s = p.soft ? (S*)p.soft + begin * stride : (S*)own;
+  S* const t = s + (p.soft ? p.rows : end - begin) * stride;
+  for (int64_t i = begin; i < end; i++)
+    if (!p.mask || p.mask[i]) measure_row(p, i, s + (i - begin) * stride, t + (i - begin) * stride);
+  measure_columns(p, begin, end, s, t);
+  __builtin_free(own);
+}
+
 template <class S>
 void merge_columns(const DistParams& p, int64_t begin, int64_t end) {
-  const int64_t c = p.classes, blocks = dist_blocks(p.rows, c);
+  constexpr int most = 128;
+  const int64_t c = p.classes, stride = dist_stride(p), size = dist_block_rows(p.rows, c);
   const double weight = (p.t2 ? p.temperature * p.temperature : 1) * p.gamma / c;
-  S* out = (S*)p.columns;
-  for (int64_t first = begin; first < end; first += block) {
-    const int n = end - first < block ? (int)(end - first) : block;
-    double s[block] = {}, t[block] = {}, ss[block] = {}, tt[block] = {}, st[block] = {};
+  S* const out = (S*)p.columns;
+  for (int64_t first = begin; first < end; first += most) {
+    const int n = end - first < most ? (int)(end - first) : most;
+    alignas(64) double s[most] = {}, t[most] = {}, ss[most] = {}, tt[most] = {}, st[most] = {};
     int64_t counted = 0;
-    for (int64_t b = 0; b < blocks; b++) {
-      const int64_t own = counted_in(p, b);
+    for (int64_t row = 0; row < p.rows; row += size) {
+      const int64_t own = counted_in(p, row, row + size < p.rows ? row + size : p.rows);
       if (!own) continue;
-      const double* m = p.moments + b * dist_moments * c + first;
+      const S* m = (const S*)p.moments + row / size * dist_moments * stride + first;
       const double share = (double)own / (counted + own), cross = counted * share;
       counted += own;
       for (int k = 0; k < n; k++) {
-        const double ds = m[mean_s * c + k] - s[k], dt = m[mean_t * c + k] - t[k];
+        const double ds = m[mean_s * stride + k] - s[k], dt = m[mean_t * stride + k] - t[k];
         s[k] += ds * share, t[k] += dt * share;
-        ss[k] += m[sum_ss * c + k] + ds * ds * cross;
-        tt[k] += m[sum_tt * c + k] + dt * dt * cross;
-        st[k] += m[sum_st * c + k] + ds * dt * cross;
+        ss[k] += m[sum_ss * stride + k] + ds * ds * cross;
+        tt[k] += m[sum_tt * stride + k] + dt * dt * cross;
+        st[k] += m[sum_st * stride + k] + ds * dt * cross;
       }
     }
+    alignas(64) double loss[most], x[most], y_s[most], y_t[most];
+    for (int k = 0; k < n; k += Lanes<vd>::count) {
+      const auto r = pearson(load<vd>(ss + k), load<vd>(tt + k), load<vd>(st + k), p.clamp);
+      store<vd>(loss + k, weight * (1 - r.correlation)), store<vd>(x + k, -weight * r.x);
+      store<vd>(y_s + k, -weight * r.y_s), store<vd>(y_t + k, -weight * r.y_t);
+    }
     for (int k = 0; k < n; k++) {
-      const Pearson r = pearson(at_least_zero(ss[k]), at_least_zero(tt[k]), st[k], p.clamp);
-      p.column_loss[first + k] = weight * (1 - r.correlation);
-      S* to = out + first + k;
-      to[centre_s * c] = S(s[k]), to[centre_t * c] = S(t[k]);
-      to[column_x * c] = S(-weight * r.x);
-      to[column_y_s * c] = S(-weight * r.y_s), to[column_y_t * c] = S(-weight * r.y_t);
+      p.column_loss[first + k] = loss[k];
+      S* const to = out + first + k;
+      to[centre_s * stride] = S(s[k]), to[centre_t * stride] = S(t[k]);
+      to[column_x * stride] = S(x[k]);
+      to[column_y_s * stride] = S(y_s[k]), to[column_y_t * stride] = S(y_t[k]);
     }
   }
 }
@@ -234,7 +208,7 @@ void emit_row(const DistParams& p, int64_t i) {
   using V = typename VectorOf<S>::V;
   DistRow& row = p.row[i];
   const S* columns = (const S*)p.columns;
-  const auto column = [&](int m) { return columns + m * p.classes; };
+  const auto column = [&](int m) { return columns + m * dist_stride(p); };
   const S inverse[2] = {(S)row.inverse_s, (S)row.inverse_t};
   const S mean[2] = {(S)row.mean_s * inverse[0], (S)row.mean_t * inverse[1]};
   DistSide<S> sides[2] = {
@@ -254,14 +228,21 @@ void emit_row(const DistParams& p, int64_t i) {
   const RowReader<S> readers[2] = {{p.student, row_offset(p.student, i)},
                                    {p.teacher, row_offset(p.teacher, i)}};
   const S maxima[2] = {(S)row.max_s, (S)row.max_t}, rate = exp_rate<S>(1 / p.temperature);
-  alignas(64) S soft[2][block + Lanes<V>::count], g[2][block], scratch[block], out[block];
+  alignas(64) S soft[2][block], g[2][block], scratch[block], out[block];
+  const S* probabilities[2];
   const auto prepare = [&](int64_t first, int n) {
-    for (int side = 0; side < 2; side++)
+    for (int side = 0; side < 2; side++) {
+      if (p.soft) {
+        probabilities[side] = (const S*)p.soft + (side * p.rows + i) * dist_stride(p) + first;
+        continue;
+      }
       exponentials(readers[side], first, n, maxima[side], rate, inverse[side], scratch, soft[side]);
+      probabilities[side] = soft[side];
+    }
     for (int side = 0; side < 2; side++) {
       if (!wanted[side]) continue;
       const DistSide<S> own = sides[side];
-      const S *p_own = soft[side], *p_other = soft[1 - side];
+      const S *p_own = probabilities[side], *p_other = probabilities[1 - side];
       S* to = g[side];
       V dot{}, high{};
       sweep<V>(n, [&](int k, auto w) {
@@ -289,7 +270,7 @@ void emit_row(const DistParams& p, int64_t i) {
       if (!wanted[side]) continue;
       const RowWriter<S>& to = sides[side].to;
       const S dot = (S)dots[side], factor = S(scale[side] / p.temperature);
-      const S *from = g[side], *own = soft[side];
+      const S *from = g[side], *own = probabilities[side];
       S* grad = to.wanted() ? to.at(first, out) : out;
       sweep<V>(n, [&](int k, auto w) {
         write<V>(grad + k, w,

@@ -2,7 +2,6 @@
 // MLKD around its matrix products, all temperatures from one read of the logits.
 //
 //   softmax_row   p_s, p_s - p_t and KL(p_t || p_s) at every temperature; each row's maxima once
-//   gram_row      Gram matrices to the relations' loss and gradient coefficients
 //   relation_row  from the gradient of the relations to p, and the KL's own, to that of the logits
 //
 // fp32: reads 8 bytes an element and writes 8 per temperature, then reads 12 per temperature and
@@ -104,9 +103,8 @@ void relation_row(const MlkdParams& p, int64_t i) {
   const int64_t size = p.rows * p.classes;
   const S* const soft = (const S*)p.soft + i * p.classes;
   const S* const relations = (const S*)p.relations + i * p.classes;
-  // An infinite KL keeps the student's gradient, p_s - p_t, and none of the teacher's.
-  const bool infinite = !(((const S*)p.kl)[i] < S(__builtin_inf()));
-  const double own = infinite && p.of_teacher ? 0 : (double)((const S*)p.row_weight)[i];
+  // The teacher's gradient of the KL is the rowwise family's; see mlkd_loss in kdkernels/functional.
+  const double own = p.of_teacher ? 0 : (double)((const S*)p.row_weight)[i];
   S weight[most_temperatures], dot[most_temperatures];
   for (int64_t j = 0; j < p.temperatures; j++)
     weight[j] = S(own * p.temperature[j] * p.temperature[j]);
@@ -119,9 +117,7 @@ void relation_row(const MlkdParams& p, int64_t i) {
     const V d = read<V>(soft + (2 * j + 1) * size + at, w, S(0));
     const V g = p.relations ? read<V>(relations + j * size + at, w, S(0)) : V{};
     if (!p.of_teacher) return {ps, g, d};
-    const V pt = ps - d, least = all<V>(sizeof(S) == 4 ? S(1e-37) : S(1e-300));
-    const V log_ratio = log1p_parts(-d / at_least(ps, least)).value;
-    return {pt, g + select(pt > V{}, log_ratio * weight[j], V{}), d};
+    return {ps - d, g, d};
   };
   double bound = 0;
   for (int64_t j = 0; j < p.temperatures; j++) {
@@ -156,40 +152,4 @@ void relation_row(const MlkdParams& p, int64_t i) {
     }
     to.flush(first, n, grad);
   });
-}
-
-// With F = P P' - Q Q', the relations of the rows are ||F||^2; those of the columns are
-// ||P' P - Q' Q||^2 = 2 (<D D', M M'> + tr (M D')^2), M = P - D / 2. All is of the order of D, so
-// that close distributions do not cancel. `p.near` apart, the matrices sum both gradients.
-template <class S>
-void gram_row(const MlkdGrams& p, int64_t row) {
-  const int64_t n = p.size, matrix = row / n * n * n, at = row * n, i = row % n;
-  const int64_t second = p.matrices * n * n;
-  const S *pd = (const S*)p.pd, *dd = (const S*)p.dd, *pp = (const S*)p.pp;
-  const S* const near_pd = p.chosen ? (const S*)p.near_pd : pd;
-  const S* const near_dd = p.chosen ? (const S*)p.near_dd : dd;
-  const S* const chosen = (const S*)p.chosen;
-  S *student = (S*)p.student, *teacher = (S*)p.teacher, *near = (S*)p.near;
-  const S near_weight = S(4 * p.near_weight), far_weight = S(4 * p.far_weight);
-  double of_rows = 0, of_columns = 0;
-  for (int64_t j = 0; j < n; j++) {
-    const int64_t here = at + j, across = matrix + j * n + i;
-    S f = near_pd[here] + near_pd[across] - near_dd[here];
-    if (chosen) f *= chosen[i] * chosen[j];
-    of_rows += (double)f * f;
-    const S a = pd[here], b = pd[across], d = dd[here], square = pp[here];
-    of_columns += (double)d * (square - S(0.5) * (a + b) + S(0.25) * d) +
-                  (double)(a - S(0.5) * d) * (b - S(0.5) * d);
-    const S joint = near ? S(0) : near_weight * f;
-    if (near) near[here] = near_weight * f;
-    if (student) {
-      student[here] = far_weight * a + joint;
-      student[second + here] = far_weight * (square - a);
-    }
-    if (teacher) {
-      teacher[here] = far_weight * (d - a) - joint;
-      teacher[second + here] = far_weight * (a + b - square - d) + joint;
-    }
-  }
-  p.loss[row] = p.near_weight * of_rows + p.far_weight * 2 * of_columns;
 }

@@ -78,10 +78,10 @@ void describe(Row<S>& r) {
 template <class S>
 void through_deviation(const Side<S>& side, double spread, int n, const S* z, S* grad) {
   using V = typename VectorOf<S>::V;
-  const S mean = S(side.mean), rate = S(spread), rest = S((side.mean - mean) * spread);
+  const S mean = S(side.mean), rate = S(spread);
   sweep<V>(n, [&](int i, auto w) {
     const V x = read<V>(z + i, w, floor_of<S>);
-    const V away = select(x > all<V>(floor_of<S>), (x - mean) * rate - rest, V{});
+    const V away = select(x > all<V>(floor_of<S>), (x - mean) * rate, V{});
     write<V>(grad + i, w, read<V>(grad + i, w, S(0)) - away);
   });
 }
