@@ -273,7 +273,10 @@ def test_unknown_config_keys_are_refused(tmp_path, capsys):
     [
         ("--method ce --alpha .5", "--alpha: not an option of --method ce"),
         ("--method kd", "--method kd: expected --teacher or --teacher-checkpoint"),
-        ("--method none", "--method: expected one of ce, kd, got 'none'"),
+        (
+            "--method none",
+            "--method: expected one of ce, dkd, kd, skd, or several joined by +, got 'none'",
+        ),
         ("--method ce --epochs 0", "--epochs: expected a number above 0, got 0"),
         ("--method ce --seed 1 1", "--seed: expected different numbers"),
         ("--method ce --student resnet9", "'resnet9': expected one of"),
@@ -316,7 +319,7 @@ def test_a_teacher_that_does_not_fit_is_named(finished, tmp_path):
 
 
 def test_registry_names_are_the_methods(step):
-    assert sorted(METHODS) == ["ce", "kd"]
+    assert sorted(METHODS) == ["ce", "dkd", "kd", "skd"]
 
 
 def test_a_backend_that_cannot_run_is_refused_before_training(tmp_path):

@@ -14,7 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from kdkernels.train import experiment, report
 from kdkernels.train.config import Config, option
-from kdkernels.train.errors import InputError, TrainError
+from kdkernels.train.errors import TrainError
 from kdkernels.train.methods import METHODS
 
 PROGRAM = "kdkernels train"
@@ -79,12 +79,7 @@ def split(arguments: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     arguments = {name: value for name, value in arguments.items() if name != "config"}
     common = {parameter.name: arguments.pop(parameter.name) for parameter in parameters(Config)}
     config = Config(**common | {"seed": tuple(common["seed"])})
-    options = {name: value for name, value in arguments.items() if value is not None}
-    if config.method in METHODS:
-        known = {parameter.name for parameter in parameters(METHODS[config.method])}
-        for name in options.keys() - known:
-            raise InputError(f"{option(name)}: not an option of --method {config.method}")
-    return config, options
+    return config, {name: value for name, value in arguments.items() if value is not None}
 
 
 class Parameter(NamedTuple):

@@ -11,10 +11,11 @@ from kdkernels.train.errors import InputError
 
 @dataclass(frozen=True)
 class Config:
-    """Train a student on images, alone (ce) or with a teacher (kd).
+    """Train a student on images, alone (ce) or with a teacher.
 
     Args:
-        method: training method; its own options follow by their own names.
+        method: ce, dkd, kd or skd, or several joined by + (skd+dkd); their own options follow by
+            their own names, and go to each method that has them.
         data: "digits", a folder holding cifar-10-batches-py or cifar-100-python, or a folder of
             images (train|val|test/<class>/*, or <class>/*).
         student: mlp<width>, convnet<width>, resnet<6n+2> or resnet<6n+2>x4, e.g. resnet8x4.

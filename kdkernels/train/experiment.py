@@ -22,11 +22,11 @@ from torch import nn
 import kdkernels
 from kdkernels import backends
 from kdkernels.train import checkpoint, report
-from kdkernels.train.config import Config
+from kdkernels.train.config import Config, option
 from kdkernels.train.data import Dataset, load_data
 from kdkernels.train.errors import InputError
 from kdkernels.train.loop import fit
-from kdkernels.train.methods import METHODS, Method
+from kdkernels.train.methods import METHODS, Composite, Method
 from kdkernels.train.metrics import accuracy, predict, summarise
 from kdkernels.train.models import build_model
 
@@ -141,20 +141,45 @@ def user_cache() -> Path:
 
 
 def make_method(name: str, backend: str, options: Mapping[str, Any]) -> Method:
-    """The method called ``name`` with its options."""
-    if name not in METHODS:
-        raise InputError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}")
-    try:
-        return METHODS[name](**options, backend=backend)
-    except TypeError as error:
-        raise InputError(f"--method {name}: {error}") from error
+    """The method called ``name``, or several joined by "+", with the options each of them has."""
+    given = options_of(name, options)
+    methods = {part: METHODS[part](**given[part], backend=backend) for part in given}
+    return next(iter(methods.values())) if len(methods) == 1 else Composite(methods)
+
+
+def options_of(name: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By the methods that ``name`` joins: those of ``options`` that each has."""
+    parts = name.split("+")
+    for part in parts:
+        if part not in METHODS:
+            raise InputError(
+                f"--method: expected one of {', '.join(METHODS)}, or several joined by +, got "
+                f"{part!r}"
+            )
+    if len(set(parts)) < len(parts):
+        raise InputError(f"--method {name}: expected each method once")
+    known = {
+        part: inspect.signature(METHODS[part]).parameters.keys() - {"backend"} for part in parts
+    }
+    for key in options.keys() - set().union(*known.values()):
+        raise InputError(f"{option(key)}: not an option of --method {name}")
+    return {
+        part: {key: value for key, value in options.items() if key in known[part]} for part in parts
+    }
 
 
 def resolved_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a method with the defaults filled in."""
-    arguments = inspect.signature(METHODS[name]).bind(**options)
-    arguments.apply_defaults()
-    return {key: value for key, value in arguments.arguments.items() if key != "backend"}
+    """The options of a method with the defaults filled in; of several, ``method.option``."""
+    given = options_of(name, options)
+    resolved = {}
+    for part, own in given.items():
+        arguments = inspect.signature(METHODS[part]).bind(**own)
+        arguments.apply_defaults()
+        prefix = f"{part}." if len(given) > 1 else ""
+        resolved |= {
+            prefix + key: value for key, value in arguments.arguments.items() if key != "backend"
+        }
+    return resolved
 
 
 def make_fabric(config: Config) -> Fabric:

@@ -27,8 +27,9 @@ from kdkernels.train.clock import StepClock
 from kdkernels.train.config import Config
 from kdkernels.train.data import Batches, Dataset
 from kdkernels.train.errors import DivergedError
-from kdkernels.train.methods import Method, Output
+from kdkernels.train.methods import Method
 from kdkernels.train.metrics import accuracy, measure, predict
+from kdkernels.train.taps import Tapped
 
 MOMENTUM = 0.9
 # The multistep schedule: a tenth of the learning rate after each of these shares of the steps.
@@ -62,20 +63,28 @@ def fit(
     ``checkpoint.pt`` and ``log.jsonl`` into ``out`` and goes on from a checkpoint found there.
     """
     device = fabric.device
+    student_taps, *teacher_taps = method.taps(student, teachers)
+    network = Tapped(student, student_taps, what="student")
+    teachers = [
+        Tapped(t, paths, what="teacher") for t, paths in zip(teachers, teacher_taps, strict=True)
+    ]
+    dry_run(method, network, teachers, data, device)
     batches = Batches(
         data, batch_size=config.batch_size, augment=config.augment, seed=seed, device=device
     )
     last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
     optimizer = torch.optim.SGD(
-        [{"params": list(student.parameters())}, *method.parameter_groups()],
+        [
+            {"params": list(student.parameters())},
+            *(scaled_lr(group, config.lr) for group in method.parameter_groups()),
+        ],
         lr=config.lr,
         momentum=MOMENTUM,
         nesterov=True,
         weight_decay=config.weight_decay,
     )
     base_lr = [group["lr"] for group in optimizer.param_groups]
-    model, optimizer = fabric.setup(student, optimizer)
-    fabric.to_device(method)
+    model, optimizer = fabric.setup(network, optimizer)
 
     state = State()
     checkpointed = {"student": student, "method": method, "optimizer": optimizer}
@@ -101,11 +110,11 @@ def fit(
             batch = batches(state.step)
             with torch.no_grad():
                 teacher_out = [
-                    Output(teachers[index](batch.images)) for index in method.teachers(state.step)
+                    teachers[index](batch.images) for index in method.teachers(state.step)
                 ]
-            student_out = Output(model(batch.images))
+            student_out = model(batch.images)
             clock.loss_starts(student_out.logits)
-            terms = method.losses(batch, student_out, teacher_out)
+            terms = method.losses(batch, student_out, method.teach(batch, teacher_out))
             loss = weighted_sum(terms, method.weights(state.step))
             fabric.backward(loss)
             optimizer.step()
@@ -126,10 +135,13 @@ def fit(
                 add_to_tally(state, sums)
                 if epoch_ends:
                     logits, labels = predict(model, data, data.val, device)
+                    validation = measure(logits, labels, teacher_val)
+                    if teacher_val is not None:
+                        validation |= method.measure(logits, teacher_val)
                     close_epoch(
                         state,
                         epoch,
-                        measure(logits, labels, teacher_val),
+                        validation,
                         student,
                         lr=optimizer.param_groups[0]["lr"],
                         batch_size=batches.batch_size,
@@ -143,6 +155,30 @@ def fit(
     teacher_test = predict(teachers[0], data, data.test, device)[0] if teachers else None
     test = measure(*predict(model, data, data.test, device), teacher_test)
     return results(state, test, last_accuracy)
+
+
+def dry_run(
+    method: Method,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    data: Dataset,
+    device: torch.device,
+) -> None:
+    """Show the method two images' outputs, and put what it makes of their shapes on the device."""
+    height, width, channels = data.shape
+    images = torch.zeros(2, channels, height, width)
+    training = student.training
+    with torch.no_grad():
+        outputs = [student.eval()(images), *(t(images.to(device)) for t in teachers)]
+    student.train(training)
+    method.setup(outputs[0], outputs[1:])
+    method.to(device)
+
+
+def scaled_lr(group: dict[str, Any], lr: float) -> dict[str, Any]:
+    """A method's parameter group at its ``lr_scale`` times the student's learning rate."""
+    own = {name: value for name, value in group.items() if name != "lr_scale"}
+    return own | {"lr": lr * group.get("lr_scale", 1.0)}
 
 
 def lr_factor(schedule: str, progress: float) -> float:

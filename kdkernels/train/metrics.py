@@ -17,14 +17,18 @@ from kdkernels.train.data import Dataset, Split, normaliser
 def predict(
     model: nn.Module, data: Dataset, split: Split, device: torch.device, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """Logits (n, K) and labels (n,) of a split; the model's mode is left as it was."""
+    """Logits (n, K) and labels (n,) of a split; the model's mode is left as it was.
+
+    ``model`` gives logits, or an ``Output`` with them.
+    """
     normalise, training = normaliser(data, device), model.training
     model.eval()
     logits = []
     with torch.no_grad():
         for start in range(0, len(split), chunk):
             images = torch.from_numpy(split.take(slice(start, start + chunk))[0]).to(device)
-            logits.append(model(normalise(images)))
+            out = model(normalise(images))
+            logits.append(getattr(out, "logits", out))
     model.train(training)
     labels = torch.from_numpy(split.labels[split.rows]).to(device)
     return torch.cat(logits).float(), labels

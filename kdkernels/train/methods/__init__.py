@@ -3,8 +3,11 @@
 
 from kdkernels.train.methods.base import Method, Output
 from kdkernels.train.methods.ce import CE
+from kdkernels.train.methods.composite import Composite
+from kdkernels.train.methods.dkd import DKD
 from kdkernels.train.methods.kd import KD
+from kdkernels.train.methods.skd import SKD
 
-__all__ = ["METHODS", "Method", "Output"]
+__all__ = ["METHODS", "Composite", "Method", "Output"]
 
-METHODS: dict[str, type[Method]] = {"ce": CE, "kd": KD}
+METHODS: dict[str, type[Method]] = {"ce": CE, "dkd": DKD, "kd": KD, "skd": SKD}

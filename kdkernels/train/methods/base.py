@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from kdkernels.train.data import Batch
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What a network makes of a batch."""
 
     logits: Tensor  # (B, K)
+    features: Mapping[str, Tensor] | None = None  # by the path of a tapped module
 
 
 class Method(nn.Module):
@@ -26,13 +25,29 @@ class Method(nn.Module):
     the help lines of its docstring. Its parameters are trained and checkpointed with the student
     and left out of the exported model.
 
+    ``ce_weight`` is the weight of the cross-entropy in its loss: 0 where another method that it is
+    composed with has it already.
+
     Args:
         backend: which implementation runs the losses, as everywhere in kdkernels.
     """
 
+    ce_weight: float = 1.0
+
     def __init__(self, backend: str = "auto") -> None:
         super().__init__()
         self.backend = backend
+
+    def taps(self, student: nn.Module, teachers: Sequence[nn.Module]) -> list[Sequence[str]]:
+        """Paths of the modules whose outputs it needs: the student's, then each teacher's."""
+        return [()] * (1 + len(teachers))
+
+    def setup(self, student_out: Output, teacher_out: Sequence[Output]) -> None:
+        """Make what depends on shapes (projectors, a simplifier), from a dry run of two images."""
+
+    def teach(self, batch: Batch, teacher_out: Sequence[Output]) -> Sequence[Output]:
+        """What the teachers' outputs become, for this method and those it is composed with."""
+        return teacher_out
 
     def losses(
         self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
@@ -50,6 +65,10 @@ class Method(nn.Module):
 
     def on_boundary(self, epoch: int) -> None:
         """Called before the first step of every epoch."""
+
+    def measure(self, student: Tensor, teacher: Tensor) -> dict[str, float]:
+        """What it reports of validation logits (n, K) every epoch, beside what all runs report."""
+        return {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of the method's own parameters."""

@@ -18,4 +18,6 @@ class CE(Method):
     def losses(
         self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
     ) -> dict[str, Tensor]:
+        if not self.ce_weight:
+            return {}
         return {"ce": F.cross_entropy(student_out.logits, batch.labels)}

@@ -29,7 +29,7 @@ class KD(Method):
             raise InputError(f"--temperature: expected a number above 0, got {temperature}")
         if not 0 <= alpha <= 1:
             raise InputError(f"--alpha: expected a number from 0 to 1, got {alpha}")
-        self.temperature, self.alpha = temperature, alpha
+        self.temperature, self.alpha, self.ce_weight = temperature, alpha, 1 - alpha
 
     def teachers(self, step: int) -> Sequence[int]:
         return (0,)
@@ -43,7 +43,8 @@ class KD(Method):
             teacher.logits,
             batch.labels,
             temperature=self.temperature,
-            alpha=self.alpha,
+            ce_weight=self.ce_weight,
+            kd_weight=self.alpha,
             backend=self.backend,
         )
         return {"kd": loss}

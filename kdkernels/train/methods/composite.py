@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several methods at once: ``skd+dkd``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdkernels.train.data import Batch
+from kdkernels.train.methods.base import Method, Output
+
+
+class Composite(Method):
+    """The sum of its methods' terms, named ``method.term``.
+
+    The cross-entropy counts once, with the weight of the first method. What one of them makes of
+    the teachers' outputs (``skd``: simplified logits) all of them learn from.
+    """
+
+    def __init__(self, methods: Mapping[str, Method]) -> None:
+        super().__init__()
+        self.methods = nn.ModuleDict(methods)
+        for method in list(methods.values())[1:]:
+            method.ce_weight = 0.0
+
+    def taps(self, student: nn.Module, teachers: Sequence[nn.Module]) -> list[Sequence[str]]:
+        wanted = [method.taps(student, teachers) for method in self.methods.values()]
+        return [tuple(dict.fromkeys(chain(*paths))) for paths in zip(*wanted, strict=True)]
+
+    def setup(self, student_out: Output, teacher_out: Sequence[Output]) -> None:
+        for method in self.methods.values():
+            method.setup(student_out, teacher_out)
+
+    def teach(self, batch: Batch, teacher_out: Sequence[Output]) -> Sequence[Output]:
+        for method in self.methods.values():
+            teacher_out = method.teach(batch, teacher_out)
+        return teacher_out
+
+    def losses(
+        self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
+    ) -> dict[str, Tensor]:
+        return {
+            f"{name}.{term}": value
+            for name, method in self.methods.items()
+            for term, value in method.losses(batch, student_out, teacher_out).items()
+        }
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        return {
+            f"{name}.{term}": weight
+            for name, method in self.methods.items()
+            for term, weight in method.weights(step).items()
+        }
+
+    def teachers(self, step: int) -> Sequence[int]:
+        return max((method.teachers(step) for method in self.methods.values()), key=len)
+
+    def on_boundary(self, epoch: int) -> None:
+        for method in self.methods.values():
+            method.on_boundary(epoch)
+
+    def measure(self, student: Tensor, teacher: Tensor) -> dict[str, float]:
+        return {
+            f"{name}.{key}": value
+            for name, method in self.methods.items()
+            for key, value in method.measure(student, teacher).items()
+        }
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [group for method in self.methods.values() for group in method.parameter_groups()]

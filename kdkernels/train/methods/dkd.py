@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoupled distillation (arXiv 2203.08679)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdkernels import functional as KF
+from kdkernels.train.data import Batch
+from kdkernels.train.errors import InputError
+from kdkernels.train.methods.base import Method, Output
+
+
+class DKD(Method):
+    """CE + warm-up x T^2 (alpha TCKD + beta NCKD): the target's part and that of the others.
+
+    Args:
+        temperature: softens the teacher's and the student's probabilities.
+        alpha: weight of the target class's part.
+        beta: weight of the other classes' part; as in the paper larger for larger teachers.
+        warmup: epochs over which the weight of both grows to 1.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        warmup: int = 20,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(backend)
+        for name, value in {"temperature": temperature, "warmup": warmup}.items():
+            if not value > 0:
+                raise InputError(f"--{name}: expected a number above 0, got {value}")
+        self.temperature, self.alpha, self.beta, self.warmup = temperature, alpha, beta, warmup
+        self.epoch = 0
+
+    def on_boundary(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def get_extra_state(self) -> int:
+        """The epoch, which a run resumed in its middle has to know."""
+        return self.epoch
+
+    def set_extra_state(self, state: int) -> None:
+        self.epoch = state
+
+    def teachers(self, step: int) -> Sequence[int]:
+        return (0,)
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        return {"ce": self.ce_weight, "dkd": min((self.epoch + 1) / self.warmup, 1.0)}
+
+    def losses(
+        self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
+    ) -> dict[str, Tensor]:
+        terms = {
+            "dkd": KF.dkd_loss(
+                student_out.logits,
+                teacher_out[0].logits,
+                batch.labels,
+                temperature=self.temperature,
+                alpha=self.alpha,
+                beta=self.beta,
+                backend=self.backend,
+            )
+        }
+        if self.ce_weight:
+            terms["ce"] = F.cross_entropy(student_out.logits, batch.labels)
+        return terms

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs of a network's inner modules, by their paths."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kdkernels.train.errors import InputError
+from kdkernels.train.methods.base import Output
+
+
+class Tapped(nn.Module):
+    """``network`` with the outputs of the modules at ``paths``: images in, an ``Output`` out.
+
+    A module behind a tapped one that works in place (``ReLU(inplace=True)``) gets a copy, so that
+    what is tapped is what the module gave out, whichever that is; anything else that overwrites a
+    tapped tensor is an error. Attributes and ``state_dict`` are the network's under ``network.``.
+    """
+
+    def __init__(self, network: nn.Module, paths: Sequence[str] = (), *, what: str = "model"):
+        super().__init__()
+        self.network, self.paths = network, tuple(paths)
+        self._tapped: dict[str, tuple[Tensor, int]] = {}
+        modules = dict(network.named_modules())
+        for path in self.paths:
+            if path not in modules:
+                near = difflib.get_close_matches(path, [name for name in modules if name], 3, 0.0)
+                raise InputError(f"{what}: no module {path!r}; the nearest are {', '.join(near)}")
+            modules[path].register_forward_hook(self._keeper(path))
+        if self.paths:
+            for module in modules.values():
+                if getattr(module, "inplace", False):
+                    module.register_forward_pre_hook(self._spare)
+
+    def _keeper(self, path: str):
+        def keep(module, arguments, result):
+            if not isinstance(result, Tensor):
+                raise InputError(f"module {path!r}: expected a tensor from it, got {type(result)}")
+            self._tapped[path] = result, result._version
+
+        return keep
+
+    def _spare(self, module, arguments):
+        if any(x is kept for x in arguments for kept, _ in self._tapped.values()):
+            return tuple(x.clone() for x in arguments)
+        return None
+
+    def forward(self, images: Tensor) -> Output:
+        self._tapped.clear()
+        logits = self.network(images)
+        for path, (tensor, version) in self._tapped.items():
+            if tensor._version != version:
+                raise InputError(
+                    f"module {path!r}: its output is overwritten in place by what follows it; tap "
+                    "the module that overwrites it"
+                )
+        features = {path: self._tapped[path][0] for path in self.paths}
+        self._tapped.clear()
+        return Output(logits, features)

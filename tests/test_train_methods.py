@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each training method computes, how methods compose, and what is tapped of networks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F
+
+from kdkernels import functional as KF
+from kdkernels.train import Config, InputError, loop, run
+from kdkernels.train.data import Batch
+from kdkernels.train.experiment import make_method
+from kdkernels.train.methods import Output
+from kdkernels.train.taps import Tapped
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are slower on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def step():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 4, generator=generator, dtype=torch.double)
+    batch = Batch(torch.empty(5, 1, 8, 8), torch.tensor([0, 1, 2, 3, 1]))
+    return batch, Output(student.requires_grad_()), [Output(teacher)]
+
+
+def ready(name, step, **options):
+    """A method that has seen the shapes of ``step``, in fp64."""
+    torch.manual_seed(0)
+    method = make_method(name, "reference", options)
+    method.setup(step[1], step[2])
+    return method.double()
+
+
+def total(method, step):
+    batch, student, teachers = step
+    terms = method.losses(batch, student, method.teach(batch, teachers))
+    weights = method.weights(0)
+    return sum(weights.get(name, 1.0) * term for name, term in terms.items())
+
+
+def test_dkd_is_its_formula_and_warms_up(step):
+    batch, student, (teacher,) = step
+    method = ready("dkd", step, warmup=4)
+    ce = F.cross_entropy(student.logits, batch.labels)
+    dkd = KF.dkd_loss(
+        student.logits, teacher.logits, batch.labels, temperature=4.0, backend="reference"
+    )
+    for epoch, share in ((0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)):
+        method.on_boundary(epoch)
+        torch.testing.assert_close(total(method, step), ce + share * dkd)
+
+
+def test_dkd_knows_its_epoch_when_resumed(step):
+    method, again = ready("dkd", step), ready("dkd", step)
+    method.on_boundary(7)
+    again.load_state_dict(method.state_dict())
+    assert again.weights(0) == method.weights(0) != ready("dkd", step).weights(0)
+
+
+@pytest.mark.parametrize("tokens", ["class", "batch"])
+def test_skd_starts_as_kd_and_teaches_its_simplifier(step, tokens):
+    batch, student, (teacher,) = step
+    method = ready("skd", step, tokens=tokens)
+    loss = total(method, step)
+    kd = KF.kd_loss(
+        student.logits, teacher.logits, batch.labels, temperature=4.0, ce_weight=1.0,
+        kd_weight=1.0, backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(loss, kd)
+    loss.backward()
+    assert student.logits.grad.any() and method.simplifier.output_weight.grad.any()
+    (group,) = method.parameter_groups()
+    assert group["weight_decay"] == 0
+    assert {id(p) for p in group["params"]} == {id(p) for p in method.parameters()}
+
+
+def test_composed_methods_count_the_cross_entropy_once(step):
+    batch, student, (teacher,) = step
+    ce = F.cross_entropy(student.logits, batch.labels)
+    kd = KF.kl_div(student.logits, teacher.logits, temperature=4.0, backend="reference")
+    dkd = KF.dkd_loss(
+        student.logits, teacher.logits, batch.labels, temperature=4.0, backend="reference"
+    )
+    for name, ce_weight in (("kd+dkd", 0.1), ("dkd+kd", 1.0)):
+        method = ready(name, step, warmup=1)
+        torch.testing.assert_close(total(method, step), ce_weight * ce + 0.9 * kd + dkd)
+
+
+def test_skd_simplifies_for_every_method_it_is_composed_with(step):
+    batch, student, teachers = step
+    method = ready("skd+dkd", step, warmup=1)
+    with torch.no_grad():
+        method.methods["skd"].simplifier.output_weight.normal_()
+    (taught,) = method.teach(batch, teachers)
+    assert not torch.allclose(taught.logits, teachers[0].logits)
+    terms = method.losses(batch, student, [taught])
+    expected = KF.dkd_loss(
+        student.logits, taught.logits, batch.labels, temperature=4.0, backend="reference"
+    )
+    torch.testing.assert_close(terms["dkd.dkd"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("kd+none", {}, "--method: expected one of ce, dkd, kd, skd, or several.* 'none'"),
+        ("kd+kd", {}, "expected each method once"),
+        ("ce+dkd", {"tokens": "class"}, "--tokens: not an option of --method ce.dkd"),
+        ("dkd", {"warmup": 0}, "--warmup: expected a number above 0, got 0"),
+        ("skd", {"dim": -1}, "--dim: expected a number above 0, got -1"),
+    ],
+)
+def test_bad_methods_are_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        make_method(name, "reference", options)
+
+
+class Stop(Exception):
+    pass
+
+
+class Network(nn.Module):
+    """A convolution whose output the next module overwrites, and one that a function does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 3, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(3, 3, 3)
+
+    def forward(self, images):
+        x = self.act(self.first(images))
+        return F.relu_(self.second(x)).mean((2, 3))
+
+
+def test_tapped_features_are_what_the_module_gave_out():
+    torch.manual_seed(0)
+    network, images = Network(), torch.randn(2, 1, 8, 8)
+    expected, logits = network.first(images), network(images)
+    out = Tapped(network, ["first", "act"])(images)
+    assert torch.equal(out.features["first"], expected)
+    assert torch.equal(out.features["act"], expected.relu())
+    assert torch.equal(out.logits, logits)
+    out.features["first"].sum().backward()
+    assert network.first.weight.grad.any()
+
+
+def test_overwritten_taps_are_refused():
+    with pytest.raises(InputError, match="'second': its output is overwritten in place"):
+        Tapped(Network(), ["second"])(torch.randn(2, 1, 8, 8))
+
+
+def test_missing_taps_name_the_nearest_modules():
+    with pytest.raises(InputError, match=r"student: no module 'frist'; the nearest are first"):
+        Tapped(Network(), ["frist"], what="student")
+
+
+@pytest.mark.parametrize("tokens", ["class", "batch"])
+def test_skd_run_reports_its_target_and_exports_the_student_alone(tmp_path, tokens):
+    """The mechanism: a softer target than the teacher, still the teacher's, nearer the student."""
+    config = Config(
+        method="skd", student="mlp8", teacher="mlp64", epochs=12, accelerator="cpu",
+        out=str(tmp_path / "run"),
+    )  # fmt: skip
+    run(config, {"tokens": tokens})
+    lines = (tmp_path / "run/seed-0/log.jsonl").read_text().splitlines()
+    val = json.loads(lines[-1])["val"]
+    assert val["target_entropy"] > val["teacher_entropy"]
+    assert val["target_agreement"] >= 0.9
+    assert val["kl_to_target"] < val["kl_to_softened_teacher"]
+    with safe_open(tmp_path / "run/seed-0/model.safetensors", framework="pt") as file:
+        assert not [key for key in file.keys() if "simplifier" in key or "network" in key]
+
+
+def test_a_composed_run_resumes_bit_equal(tmp_path):
+    config = {
+        "method": "skd+dkd", "student": "mlp8", "teacher": "mlp16", "teacher_epochs": 2,
+        "epochs": 4, "accelerator": "cpu",
+    }  # fmt: skip
+    whole = run(Config(**config, out=str(tmp_path / "whole")))
+    # Stopped inside an epoch, then taken up by a run that goes on to the end.
+    save, saves = loop.save, []
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        saves.append(1)
+        if len(saves) == 5:
+            raise Stop
+
+    stopped = Config(**config, checkpoint_every=10, out=str(tmp_path / "again"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save", save_and_stop)
+        with pytest.raises(Stop):
+            run(stopped)
+    again = run(Config(**config, checkpoint_every=10, out=str(tmp_path / "again"), resume=True))
+    assert again["runs"][0]["val"] == whole["runs"][0]["val"]
+    assert again["runs"][0]["test"] == whole["runs"][0]["test"]
