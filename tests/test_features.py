@@ -116,7 +116,7 @@ def test_layouts(entry, backend, view):
     packed = entry.inputs(*entry.small, requires_grad=True)
     inputs = dict(packed)
     for name in ("student", "teacher"):
-        inputs[name] = view(packed[name].detach()).requires_grad_()
+        inputs[name] = view(packed[name].detach()).requires_grad_(packed[name].requires_grad)
         assert inputs[name].shape == packed[name].shape
     value, expected = entry(inputs, backend=backend), entry(packed, backend=backend)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)

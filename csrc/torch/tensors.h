@@ -128,6 +128,16 @@ inline Tensor gradient_for(const Tensor& logits, bool wanted, kd::Rows& rows) {
   return grad;
 }
 
+// Of a dense tensor, in memory as it is.
+inline Tensor dense_gradient_for(const Tensor& t, bool wanted) {
+  if (!wanted) return nothing(t.scalar_type());
+  std::vector<int64_t> strides(t.dim());
+  for (int64_t d = 0; d < t.dim(); d++) strides[d] = t.stride(d);
+  const Tensor grad = empty(t.dim(), leading(t, t.dim()).data(), strides.data(), t.scalar_type());
+  kd::advise_huge_pages(grad.mutable_data_ptr(), grad.numel() * kd::size_of(dtype_of(t)));
+  return grad;
+}
+
 // Rows, labels, mask and weights; and the reduction's factor, from how many rows count. `keep`
 // holds what `p` points to.
 inline void describe_rows(kd::RowLoss& p, const Tensor& student, const std::optional<Tensor>& labels,

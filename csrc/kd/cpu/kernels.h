@@ -5,6 +5,7 @@
 #include "../batchwise.h"
 #include "../attention.h"
 #include "../ensemble.h"
+#include "../maps.h"
 #include "../product.h"
 #include "../row_attention.h"
 #include "../rowwise.h"
@@ -22,6 +23,7 @@ namespace kd {
   X(mlkd_softmax, (const MlkdParams&, int64_t begin, int64_t end))                       \
   X(mlkd_relate, (const MlkdRelations&, RelateStep, int64_t begin, int64_t end))         \
   X(mlkd_gradient, (const MlkdParams&, int64_t begin, int64_t end))                      \
+  X(elementwise, (const ElementParams&, int64_t begin, int64_t end))                     \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))          \
   X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))       \
   X(row_attention, (const RowAttention&, RowStep, int64_t begin, int64_t end))           \

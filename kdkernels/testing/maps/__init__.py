@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The maps family's entries."""
+
+from kdkernels.testing.maps import elementwise
+
+LOSSES = (*elementwise.LOSSES,)
