@@ -13,15 +13,14 @@ from torch import Tensor
 from kdkernels import checks
 from kdkernels.functional.maps.elementwise import each_stage, mean, per_channel, run, same_shape
 from kdkernels.functional.maps.squares import Maps
-from kdkernels.ops.maps.elementwise import Numbers
 
 
 def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     """The expected negative response ``E[x | x < 0]`` of channels x ~ N(bias, weight^2).
 
-    ``bias - |weight| phi(z) / Phi(-z)`` with ``z = bias / |weight|``; ``-3 |weight|`` where negative
-    responses are rarer than 1e-3. What :func:`ofd_loss` takes as margin: ``weight`` and ``bias`` (C,)
-    are those of the batch normalisation that the teacher's map comes from.
+    ``bias - |weight| phi(z) / Phi(-z)`` with ``z = bias / |weight|``; ``-3 |weight|`` where
+    negative responses are rarer than 1e-3. What :func:`ofd_loss` takes as margin: ``weight`` and
+    ``bias`` (C,) are those of the batch normalisation that the teacher's map comes from.
     """
     checks.floats("ofd_margin", "weight", weight)
     checks.floats("ofd_margin", "bias", bias)
@@ -45,18 +44,18 @@ def ofd_loss(
 ) -> Tensor:
     """Overhaul of feature distillation (arXiv 1904.01866): partial L2 to the margin ReLU.
 
-    With the target ``t' = max(t, margin)``, the sum over elements of ``(s - t')^2`` except where s is
-    below the target and the target below 0.
+    With the target ``t' = max(t, margin)``, the sum over elements of ``(s - t')^2`` except where s
+    is below the target and the target below 0.
 
     Args:
         student: maps (B, C, H, W) before their activation, in the teacher's width
-            (``kdkernels.OFDLoss`` has the connectors), or a sequence of them, over which the loss is
-            summed.
+            (``kdkernels.OFDLoss`` has the connectors), or a sequence of them, over which the loss
+            is summed.
         teacher: likewise; a map of another size is average-pooled to the student's.
-        margin: a negative number for each channel, C elements (:func:`ofd_margin`), for every stage.
-            None: there is none, and the target is t, as in mmrazor, which divides by 1000 too.
+        margin: a negative number for each channel, C elements (:func:`ofd_margin`), for every
+            stage; differentiated. None: the target is t, as in mmrazor, which divides by 1000 too.
         stage_weights: of each stage, 1 by default; the suites have 2^-(n - 1 - i) for stage i of n.
-        reduction: ``"mean"`` over the batch, or ``"sum"`` (the authors'); over the rest it is a sum.
+        reduction: ``"mean"`` over the batch, or ``"sum"`` (the authors'); over the rest a sum.
 
     The published training weight, 1e-3 (1e-4 on ImageNet), is not part of it.
     """
@@ -90,7 +89,7 @@ def ab_loss(
     """Activation boundaries (arXiv 1811.03233): a squared hinge on the side the teacher is on.
 
     ``3 / 1000`` times the sum over elements of ``max(s + m, 0)^2`` where ``t <= 0`` and
-    ``min(s - m, 0)^2`` where ``t > 0``. Constant in the teacher but for steps: no gradient goes there.
+    ``min(s - m, 0)^2`` where ``t > 0``. Constant in the teacher but for steps: it gets no gradient.
 
     Args:
         student, teacher: features (B, C, ...) before their activation, or sequences of them, over
@@ -112,6 +111,6 @@ def ab_loss(
     def stage(s, t, _, weight):
         same_shape(name, s, t)
         factor = 2 * scale * weight * mean(name, reduction, len(s))
-        return run(name, "ab", s, t.detach(), None, factor, backend, Numbers(margin))
+        return run(name, "ab", s, t.detach(), None, factor, backend, margin)
 
     return each_stage(name, student, teacher, stage, None, stage_weights)

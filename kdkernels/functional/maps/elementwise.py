@@ -33,11 +33,12 @@ def run(
     parameter: Tensor | None,  # broadcast to the maps; one per channel is differentiated
     factor: float,
     backend: str,
-    numbers: Numbers = Numbers(),
+    margin: float = 1.0,
 ) -> Tensor:
     """``factor`` times the sum over the elements of validated maps of half a square each."""
     if parameter is not None:
         parameter = parameter.to(compute_dtype(student, teacher))
+    numbers = Numbers(margin)
     chosen = backends.select("maps.elementwise", student.device.type, backend, name)
     if chosen == "reference":
         return reference.maps.elementwise(kind, student, teacher, parameter, factor, numbers)

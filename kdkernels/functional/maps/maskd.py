@@ -65,9 +65,9 @@ def maskd_loss(
 ) -> Tensor:
     """Masked distillation (MasKD, arXiv 2205.14589): squared errors under each mask.
 
-    Half the mean over samples, masks and channels of ``sum (m s - m t)^2 / (sum m + eps)``, sums over
-    places. The masks are constants, as published: tokens are frozen by now. All of them are one
-    weight for each place, so that the maps are read once.
+    Half the mean over samples, masks and channels of ``sum (m s - m t)^2 / (sum m + eps)``, where
+    sums are over places. The masks are constants, as published: tokens are frozen by now. All of
+    them are one weight for each place, so that the maps are read once.
 
     Args:
         student, teacher: maps (B, C, H, W).

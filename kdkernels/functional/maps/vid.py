@@ -23,7 +23,7 @@ def vid_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Variational information distillation (arXiv 1904.05835): a Gaussian's negative log-likelihood.
+    """Variational information distillation (arXiv 1904.05835): negative log-likelihood.
 
     ``mean ((s - t)^2 / v + log v) / 2`` with a variance for each channel,
     ``v = softplus(log_scale) + eps``; without the constant ``log(2 pi) / 2``.
