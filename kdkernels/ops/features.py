@@ -83,7 +83,9 @@ class _Feature(torch.autograd.Function):
 
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     """``scaled`` by samples: rows that are long and few, in either layout."""
-    if grad.dim() < 3 or not grad.shape[0]:
+    if not grad.numel():
+        return grad
+    if grad.dim() < 3:
         return scaled(grad, upstream, None)
     channels_last = not grad.is_contiguous()
     dense = grad.movedim(1, -1) if channels_last else grad
