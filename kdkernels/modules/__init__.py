@@ -5,6 +5,15 @@ from kdkernels.modules.attention import LearningSimplifier, StudentFriendlyKDLos
 from kdkernels.modules.batchwise import DISTLoss, MLKDLoss
 from kdkernels.modules.ensemble import MultiTeacherKLDivLoss
 from kdkernels.modules.listwise import PLDLoss
+from kdkernels.modules.maps import (
+    ABLoss,
+    FitNetLoss,
+    MasKDLoss,
+    MGDLoss,
+    OFDLoss,
+    ReceptiveTokens,
+    VIDLoss,
+)
 from kdkernels.modules.rowwise import (
     ATSLoss,
     DivergenceLoss,
@@ -20,21 +29,28 @@ from kdkernels.modules.rowwise import (
 from kdkernels.modules.sparse import TopKDivergenceLoss
 
 __all__ = [
+    "ABLoss",
     "ATSLoss",
     "DISTLoss",
     "DKDLoss",
     "DivergenceLoss",
+    "FitNetLoss",
     "JSDivLoss",
     "KDLoss",
     "LearningSimplifier",
+    "MGDLoss",
     "MLKDLoss",
+    "MasKDLoss",
     "MultiTeacherKLDivLoss",
     "NKDLoss",
+    "OFDLoss",
     "PLDLoss",
+    "ReceptiveTokens",
     "ReverseKLDivLoss",
     "SoftKLDivLoss",
     "StudentFriendlyKDLoss",
     "TVDistanceLoss",
     "TopKDivergenceLoss",
+    "VIDLoss",
     "WSLDLoss",
 ]

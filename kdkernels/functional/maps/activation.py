@@ -33,6 +33,13 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     return torch.where(rare, -3 * deviation, mean - shift).to(weight.dtype)
 
 
+def _doubling(student) -> list[float] | None:
+    """Weights of the stages of a sequence, each twice the one before, the last 1."""
+    if not isinstance(student, Sequence):
+        return None
+    return [2.0 ** (i - len(student) + 1) for i in range(len(student))]
+
+
 def ofd_loss(
     student: Maps,
     teacher: Maps,
@@ -54,12 +61,14 @@ def ofd_loss(
         teacher: likewise; a map of another size is average-pooled to the student's.
         margin: a negative number for each channel, C elements (:func:`ofd_margin`), for every
             stage; differentiated. None: the target is t, as in mmrazor, which divides by 1000 too.
-        stage_weights: of each stage, 1 by default; the suites have 2^-(n - 1 - i) for stage i of n.
+        stage_weights: of each stage; by default 2^(i - n + 1) for stage i of n, as published.
         reduction: ``"mean"`` over the batch, or ``"sum"`` (the authors'); over the rest a sum.
 
     The published training weight, 1e-3 (1e-4 on ImageNet), is not part of it.
     """
     name = "ofd_loss"
+    if stage_weights is None:
+        stage_weights = _doubling(student)
 
     def stage(s, t, m, weight):
         if isinstance(s, Tensor) and isinstance(t, Tensor) and s.dim() == t.dim() == 4:
@@ -105,8 +114,8 @@ def ab_loss(
     name = "ab_loss"
     margin = checks.number(name, "margin", margin, 0.0)
     scale = _AB_SCALES[checks.choice(name, "compat", compat, tuple(_AB_SCALES))]
-    if stage_weights is None and isinstance(student, Sequence):
-        stage_weights = [2.0 ** (i - len(student) + 1) for i in range(len(student))]
+    if stage_weights is None:
+        stage_weights = _doubling(student)
 
     def stage(s, t, _, weight):
         same_shape(name, s, t)
