@@ -62,6 +62,8 @@ def test_golden(case, backend, prefer):
     for name in values.keys() & arrays.keys():  # not every case has a loss's parts
         value = values[name]
         _assert_equal(value, arrays[name], name)
+        if name.startswith("out_"):  # has no gradient in the file
+            continue
         part = name.removeprefix("loss").replace("_", "__", 1)  # as in grad_logits_student__ce
         for n, gradient in zip(
             wanted,
