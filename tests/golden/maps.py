@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from golden import adapter
 from torch.func import functional_call
 
 import kdkernels
+from golden import adapter
 from kdkernels import functional as kd
 
 
