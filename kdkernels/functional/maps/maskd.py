@@ -85,7 +85,7 @@ def maskd_loss(
     eps = checks.number(name, "eps", eps, 0.0)
     checks.floats(name, "masks", masks)
     expected = (student.shape[0], *student.shape[2:])
-    if masks.dim() != 4 or (masks.shape[0], *masks.shape[2:]) != expected:
+    if masks.dim() != 4 or not masks.shape[1] or (masks.shape[0], *masks.shape[2:]) != expected:
         raise ValueError(
             f"{name}: masks must have shape (B, T, H, W) for maps of shape "
             f"{tuple(student.shape)}, got {tuple(masks.shape)}."
@@ -93,8 +93,8 @@ def maskd_loss(
     checks.same_device(name, "masks", masks, student)
     masks = masks.detach().to(compute_dtype(student, teacher))
     batch, channels, height, width = student.shape
-    count = masks.shape[1]
-    # Times the number of places, by which the factor is divided: else fp16 could not hold it.
+    # Weights about 1, which fp16 gradients can hold: the rest, even what the reduction does not
+    # divide by, is in the factor.
     areas = masks.mean((2, 3)) + (eps / (height * width) if compat == "paper" else 0.0)
     share = 1 / torch.where(areas > 0, areas, 1.0)
     if token_weight is not None:
@@ -105,9 +105,11 @@ def maskd_loss(
                 f"{tuple(token_weight.shape)}."
             )
         share = share * token_weight.detach()
-        count = 1
     weight = (share[:, :, None, None] * masks.square()).sum(1, keepdim=True)
-    factor = mean(name, reduction, batch * count * channels) / (height * width)
+    factor = mean(name, reduction, batch * channels) / (height * width)
+    if token_weight is None:
+        weight = weight / masks.shape[1]
+        factor *= masks.shape[1] if reduction == "sum" else 1
     if compat == "mmrazor":
         factor *= 2
     return run(name, "square", student, teacher, weight, factor, backend)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The baselines of losses over features cost what the suites' own code does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdkernels.testing import LOSSES
+
+
+class _Count(TorchDispatchMode):
+    """Operators that touch data, and the largest tensor they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.largest = 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **kwargs or {})
+        self.operators += not operator.is_view
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.nbytes)
+        return result
+
+
+# Operators of a call, forward and backward, and the largest temporary in bytes, as measured in
+# mdistiller and RepDistiller at these shapes.
+@pytest.mark.parametrize(
+    ("name", "shape", "forward", "backward", "largest"),
+    [
+        # A third of what three stages take.
+        ("ab_loss", (64, 64, 32, 32), 66 / 3, 47 / 3, 16.8e6),
+        ("ofd_loss", (64, 64, 32, 32), 90 / 3, 56 / 3, 16.8e6),
+        ("vid_loss", (64, 128, 16, 16), 11, 18, 8.4e6),
+    ],
+)
+def test_baselines_are_no_straw_men(name, shape, forward, backward, largest):
+    loss = LOSSES[name]
+    inputs = loss.inputs(*shape)
+    leaves = [inputs[side].requires_grad_() for side in ("student", *loss.learned)]
+    with _Count() as count:
+        value = loss.eager(**inputs, **loss.hyper)
+    found = count.operators
+    with _Count() as count:
+        torch.autograd.grad(value, leaves)
+    assert 0.8 * forward <= found <= 1.2 * forward
+    assert 0.8 * backward <= count.operators <= 1.2 * backward
+    assert 0.8 * largest <= count.largest <= 1.2 * largest
