@@ -55,9 +55,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elementwise(
   const ScalarType dtype = in_double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(!parameter || parameter->scalar_type() == dtype,
                   "kdkernels: the parameter must have the type that is accumulated in");
-  const Tensor none = nothing(student.scalar_type());
-  const Tensor grad_student = grads & 1 ? dense_gradient_for(student, true) : none;
-  const Tensor grad_teacher = grads & 2 ? dense_gradient_for(teacher, true) : none;
+  const auto none = [&] { return nothing(student.scalar_type()); };
+  const Tensor grad_student = grads & 1 ? dense_gradient_for(student, true) : none();
+  const Tensor grad_teacher = grads & 2 ? dense_gradient_for(teacher, true) : none();
   p.grad_student = as_one_row(grad_student, grads & 1);
   p.grad_teacher = as_one_row(grad_teacher, grads & 2);
   if (p.student.dtype != kd::DType::float16) p.student_factor = factor;
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elementwise(
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t a, int64_t b) { kernel(p, a, b); });
   double loss = 0;  // in the order of the tasks, whatever thread each ran on
   for (const double one : losses) loss += one;
-  Tensor grad_parameter = none;
+  Tensor grad_parameter = none();
   if (grads & 4) {
     const size_t channels = parameter->size(1);
     std::vector<double> by_channel(channels);
