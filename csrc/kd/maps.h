@@ -33,6 +33,21 @@ struct ElementParams : ElementNumbers, ElementChoices {
   double *row_slope = nullptr, *column_slope = nullptr;
 };
 
+// Sizes of maps (B, C, ...) and the parameter's strides over batch, channels and places, 0 where it
+// has but one; false where it does not lie as the maps do.
+static inline bool lay_out(ElementParams& p, int64_t batch, int64_t channels, int64_t places,
+                           bool channels_last, const int64_t (&strides)[3]) {
+  p.size = batch * channels * places;
+  const bool by_channel = places > 1 && !channels_last;
+  p.length = by_channel ? places : channels;
+  p.parameter.inner = by_channel ? channels : places;
+  p.parameter.outer_stride = strides[0];
+  p.parameter.inner_stride = strides[by_channel ? 1 : 2];
+  p.parameter.class_stride = strides[by_channel ? 2 : 1];
+  if (!p.parameter.data) p.length = 16384;  // any: a row may be any part of the maps
+  return p.parameter.class_stride == 0 || p.parameter.class_stride == 1;
+}
+
 // Elements are split by whole rows; the partition depends on the shape alone, so that sums are the
 // same for any number of threads.
 static inline int64_t element_rows(const ElementParams& p) {
@@ -42,6 +57,10 @@ static inline int64_t element_rows(const ElementParams& p) {
 static inline int64_t element_tasks(const ElementParams& p) {
   const int64_t each = element_rows(p) * p.length;
   return (p.size + each - 1) / each;
+}
+// Numbers of the gradient to a parameter per channel; number i is of channel i % C.
+static inline int64_t element_slopes(const ElementParams& p) {
+  return p.parameter.class_stride == 1 ? element_tasks(p) * p.length : p.size / p.length;
 }
 
 }  // namespace kd

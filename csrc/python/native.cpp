@@ -6,6 +6,7 @@ namespace kd::python {
 void bind_attention(py::module_& m);
 void bind_batchwise(py::module_& m);
 void bind_ensemble(py::module_& m);
+void bind_maps(py::module_& m);
 void bind_rowwise(py::module_& m);
 void bind_sparse(py::module_& m);
 }
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_native, m) {
   kd::python::bind_attention(m);
   kd::python::bind_batchwise(m);
   kd::python::bind_ensemble(m);
+  kd::python::bind_maps(m);
   kd::python::bind_rowwise(m);
   kd::python::bind_sparse(m);
 }

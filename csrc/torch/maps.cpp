@@ -19,25 +19,14 @@ kd::Rows as_one_row(const Tensor& t, bool wanted = true) {
 // (B, C, ...) maps, contiguous or channels-last, as rows, and with them the parameter: of their
 // shape but for sizes of 1, dense, its spatial sizes all there or all 1.
 void describe(kd::ElementParams& p, const Tensor& maps, const std::optional<Tensor>& parameter) {
-  constexpr int64_t chunk = 16384;
-  p.size = maps.numel();
-  p.length = chunk;
-  if (!parameter) return;
-  const int64_t batch = maps.size(0), channels = maps.size(1);
-  const int64_t pixels = p.size ? p.size / (batch * channels) : 1;
-  int64_t pixel_stride = 0;
-  for (int64_t d = 2; d < parameter->dim(); d++)
-    if (parameter->size(d) > 1) pixel_stride = parameter->stride(d);
-  const int64_t batch_stride = parameter->size(0) > 1 ? parameter->stride(0) : 0;
-  const int64_t channel_stride = parameter->size(1) > 1 ? parameter->stride(1) : 0;
-  kd::Rows& rows = p.parameter = as_one_row(*parameter);
-  const bool by_channel = pixels > 1 && maps.is_contiguous();
-  p.length = by_channel ? pixels : channels;
-  rows.inner = by_channel ? channels : pixels;
-  rows.outer_stride = batch_stride;
-  rows.inner_stride = by_channel ? channel_stride : pixel_stride;
-  rows.class_stride = by_channel ? pixel_stride : channel_stride;
-  STD_TORCH_CHECK(rows.class_stride <= 1, "kdkernels: the parameter does not lie as the maps do");
+  int64_t places = 1, strides[3] = {0, 0, 0};
+  for (int64_t d = 2; d < maps.dim(); d++) places *= maps.size(d);
+  if (parameter) p.parameter = as_one_row(*parameter);
+  for (int64_t d = 0; parameter && d < parameter->dim(); d++)
+    if (parameter->size(d) > 1) strides[d < 2 ? d : 2] = parameter->stride(d);
+  STD_TORCH_CHECK(
+      kd::lay_out(p, maps.size(0), maps.size(1), places, !maps.is_contiguous(), strides),
+      "kdkernels: the parameter does not lie as the maps do");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> elementwise(
@@ -69,9 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elementwise(
   if (grads & 4) {
     STD_TORCH_CHECK(parameter->numel() == parameter->size(1),
                     "kdkernels: only a parameter per channel has a gradient");
-    const bool along = p.parameter.class_stride == 1;
-    slopes.resize(along ? tasks * p.length : p.size / p.length);
-    (along ? p.column_slope : p.row_slope) = slopes.data();
+    slopes.resize(kd::element_slopes(p));
+    (p.parameter.class_stride == 1 ? p.column_slope : p.row_slope) = slopes.data();
   }
   const auto& kernel = kd::kernels().elementwise;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t a, int64_t b) { kernel(p, a, b); });

@@ -19,6 +19,14 @@ from __future__ import annotations
 from kdkernels.numpy.attention import AttentionGradients, class_attention
 from kdkernels.numpy.batchwise import BatchGradients, dist_loss
 from kdkernels.numpy.ensemble import EnsembleGradients, multi_teacher_kl_div
+from kdkernels.numpy.maps import (
+    MapGradients,
+    ab_loss,
+    fitnet_loss,
+    masked_mse,
+    ofd_loss,
+    vid_loss,
+)
 from kdkernels.numpy.rowwise import (
     Gradients,
     Parts,
@@ -36,16 +44,22 @@ __all__ = [
     "BatchGradients",
     "EnsembleGradients",
     "Gradients",
+    "MapGradients",
     "Parts",
     "TopKGradients",
+    "ab_loss",
     "ats_loss",
     "class_attention",
     "dist_loss",
     "divergence",
     "dkd_loss",
+    "fitnet_loss",
     "kd_loss",
+    "masked_mse",
     "multi_teacher_kl_div",
     "nkd_loss",
+    "ofd_loss",
     "topk_divergence",
+    "vid_loss",
     "wsld_loss",
 ]
