@@ -63,9 +63,10 @@ def test_the_bits_of_the_torch_operator(name, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 33, 40, 41)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_any_layout_and_any_number_of_threads(name, dtype):
-    given = example(name, (3, 33, 40, 41), dtype)
+def test_any_layout_and_any_number_of_threads(name, shape, dtype):
+    given = example(name, shape, dtype)
     expected = call(name, given)
     strided = [np.repeat(x, 2, axis=-1)[..., ::2] for x in given[:2]] + given[2:]
     turned = [np.asfortranarray(x) for x in given]

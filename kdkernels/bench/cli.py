@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = [
         Case(name, shape, dtype)
         for name in losses
-        for shape in arguments.shapes or [*HOST_SHAPE, *LOSSES[name].shapes]
+        for shape in arguments.shapes
+        or [*(HOST_SHAPE if len(LOSSES[name].small) == 2 else ()), *LOSSES[name].shapes]
         for dtype in arguments.dtype
     ]
     settings = Settings(
