@@ -25,6 +25,7 @@ AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 # would not pay. For them `auto` means these operators, which the reference is made of, and nothing
 # is warned of.
 COMPOSITE = {
+    "maps.pkd_loss": "composite by design: batch statistics of every channel, torch's own",
     "listwise": "composite by design: a sort of every row, beside which the rest is small",
 }
 

@@ -63,4 +63,56 @@ static inline int64_t element_slopes(const ElementParams& p) {
   return p.parameter.class_stride == 1 ? element_tasks(p) * p.length : p.size / p.length;
 }
 
+// Maps (B, C, P), P positions, as rows of elements that lie together: B C of P elements, or, where
+// channels are last, B P of C. Rows of no data where a gradient is not asked for.
+struct Maps {
+  Rows rows;
+  int64_t channels = 0, positions = 0;
+  bool channels_last = false;
+};
+
+// DISTANCES of kdkernels/ops/maps/spatial_attention.py.
+enum MapDistance : int64_t { squared, absolute, norm_of_it };
+
+struct SpatialAttentionChoices {
+  int64_t power = 2, distance = squared;
+};
+struct SpatialAttentionParams : SpatialAttentionChoices {
+  int64_t samples = 0;
+  Maps student, teacher, grad_student, grad_teacher;  // of one number of positions
+  double factor_student = 1, factor_teacher = 1;      // of the gradients
+  double* sample_loss = nullptr;  // (B,) times P C_student
+};
+
+// One axis of maps, cut at the edges of every level's bins.
+struct PyramidAxis {
+  int64_t size = 0, segments = 0;
+  const int64_t* edge = nullptr;  // (segments + 1,)
+  const int64_t *first = nullptr, *last = nullptr;  // (bins of all levels,): segments of each
+};
+
+struct PyramidParams {
+  int64_t samples = 0, channels = 0;
+  PyramidAxis y, x;
+  bool channels_last = false;     // rows as those of Maps
+  Rows student, teacher, grad_student, grad_teacher;
+  int64_t levels = 0;
+  const int64_t* level = nullptr;   // (levels,): bins along an axis
+  const double* weight = nullptr;   // (1 + levels,): of the maps themselves, then of the levels
+  double factor_student = 1, factor_teacher = 1;  // of the gradients
+  double* task_loss = nullptr;      // (B pyramid_tasks_per_sample,) times H W
+};
+
+// Channels that a task takes, so that their bins are summed by vectors.
+constexpr int most_pyramid_channels = 64;
+static inline int pyramid_channels_per_task(const PyramidParams& p) {
+  return p.channels_last ? most_pyramid_channels : 16;
+}
+static inline int64_t pyramid_tasks_per_sample(const PyramidParams& p) {
+  const int64_t together = pyramid_channels_per_task(p);
+  return (p.channels + together - 1) / together;
+}
+// Room for a line of the map, or several that fill a vector.
+static inline int64_t pyramid_line(const PyramidParams& p) { return p.x.size + 16; }
+
 }  // namespace kd

@@ -24,6 +24,8 @@ namespace kd {
   X(mlkd_relate, (const MlkdRelations&, RelateStep, int64_t begin, int64_t end))         \
   X(mlkd_gradient, (const MlkdParams&, int64_t begin, int64_t end))                      \
   X(elementwise, (const ElementParams&, int64_t begin, int64_t end))                     \
+  X(pyramid, (const PyramidParams&, int64_t begin, int64_t end))                         \
+  X(spatial_attention, (const SpatialAttentionParams&, int64_t begin, int64_t end))      \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))          \
   X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))       \
   X(row_attention, (const RowAttention&, RowStep, int64_t begin, int64_t end))           \

@@ -14,6 +14,8 @@ namespace KD_ISA {
 #include "../sweep.h"
 #include "../../elementwise.h"
 #include "elementwise.h"
+#include "pyramid.h"
+#include "spatial_attention.h"
 
 void elementwise(const ElementParams& p, int64_t begin, int64_t end) {
   const bool in_double =
@@ -29,6 +31,35 @@ void elementwise(const ElementParams& p, int64_t begin, int64_t end) {
       case ElementKind::count: break;
     }
   }
+}
+
+inline bool either_in_double(const Rows& a, const Rows& b) {
+  return a.dtype == DType::float64 || b.dtype == DType::float64;
+}
+
+template <class S>
+void attentions(const SpatialAttentionParams& p, int64_t begin, int64_t end) {
+  S* maps = (S*)__builtin_malloc(4 * p.student.positions * sizeof(S));
+  for (int64_t b = begin; b < end; b++) attention_sample<S>(p, b, maps);
+  __builtin_free(maps);
+}
+void spatial_attention(const SpatialAttentionParams& p, int64_t begin, int64_t end) {
+  either_in_double(p.student.rows, p.teacher.rows) ? attentions<double>(p, begin, end)
+                                                   : attentions<float>(p, begin, end);
+}
+
+template <class S>
+void pyramids(const PyramidParams& p, int64_t begin, int64_t end) {
+  const int64_t segments = p.y.segments * p.x.segments * pyramid_channels_per_task(p);
+  const int64_t numbers = pyramid_line(p) + 2 * segments;
+  S* room = (S*)__builtin_malloc(numbers * sizeof(S));
+  for (int64_t i = begin; i < end; i++)
+    p.channels_last ? pyramid_channels<S>(p, i, room) : pyramid_planes<S>(p, i, room);
+  __builtin_free(room);
+}
+void pyramid(const PyramidParams& p, int64_t begin, int64_t end) {
+  either_in_double(p.student, p.teacher) ? pyramids<double>(p, begin, end)
+                                         : pyramids<float>(p, begin, end);
 }
 
 }  // namespace KD_ISA

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention transfer and factor transfer: a distance of normalised attention maps.
+//
+// Fuses the power, the mean over channels, the normalisation, the distance and the gradients to both
+// maps. A sample is read twice, the second time from L2 where it fits (262 kB are 64 channels of
+// 32 x 32 in fp32), and its gradient written once: 12 bytes an element of the student, 4 of the
+// teacher. Nothing but a sample's attention maps is kept. Included inside an ISA level's namespace.
+
+template <class V>
+KD_FN V raised(V x, int64_t power) {
+  V result = x;
+  for (int64_t i = 1; i < power; i++) result *= x;
+  return result;
+}
+
+// mean_c F^power of sample b, (P,); returns its Euclidean norm.
+template <class S>
+KD_FN double attention_of(const Maps& maps, int64_t b, int64_t power, S* out) {
+  using V = typename VectorOf<S>::V;
+  alignas(64) S scratch[block];
+  const int64_t channels = maps.channels, positions = maps.positions;
+  const S mean = S(1.0 / channels);
+  if (maps.channels_last) {
+    for (int64_t p = 0; p < positions; p++) {
+      const RowReader<S> row{maps.rows, (b * positions + p) * channels};
+      V sums{};
+      for_blocks(channels, [&](int64_t first, int n) {
+        const S* f = row.get(first, n, scratch);
+        sweep<V>(n, [&](int i, auto w) { sums += raised(read<V>(f + i, w, S(0)), power); });
+      });
+      out[p] = sum(sums) * mean;
+    }
+  } else {
+    for_blocks(positions, [&](int64_t first, int n) {
+      S* to = out + first;
+      for (int i = 0; i < n; i++) to[i] = 0;
+      for (int64_t c = 0; c < channels; c++) {
+        const RowReader<S> row{maps.rows, (b * channels + c) * positions};
+        const S* f = row.get(first, n, scratch);
+        sweep<V>(n, [&](int i, auto w) {
+          write<V>(to + i, w, read<V>(to + i, w, S(0)) + raised(read<V>(f + i, w, S(0)), power));
+        });
+      }
+      for (int i = 0; i < n; i++) to[i] *= mean;
+    });
+  }
+  double square = 0;
+  for (int64_t p = 0; p < positions; p++) square += (double)out[p] * out[p];
+  return __builtin_sqrt(square);
+}
+
+// From d loss / d F^power's mean (P,) to the gradient of sample b.
+template <class S>
+KD_FN void emit_attention(const Maps& maps, const Maps& grad, int64_t b, int64_t power,
+                           const S* of_mean) {
+  using V = typename VectorOf<S>::V;
+  alignas(64) S scratch[block], buffer[block];
+  const int64_t channels = maps.channels, positions = maps.positions;
+  const bool last = maps.channels_last;
+  const S slope = S((double)power / channels);
+  const int64_t rows = last ? positions : channels;
+  for (int64_t r = b * rows; r < (b + 1) * rows; r++) {
+    const RowReader<S> row{maps.rows, r * maps.rows.inner_stride};
+    const RowWriter<S> writer(grad.rows, r, false);
+    const S one = last ? of_mean[r - b * rows] * slope : slope;
+    for_blocks(last ? channels : positions, [&](int64_t first, int n) {
+      const S* f = row.get(first, n, scratch);
+      S* to = writer.at(first, buffer);
+      sweep<V>(n, [&](int i, auto w) {
+        const V x = read<V>(f + i, w, S(0));
+        V g = power > 1 ? raised(x, power - 1) * one : all<V>(one);
+        if (!last) g *= read<V>(of_mean + first + i, w, S(0));
+        write<V>(to + i, w, g);
+      });
+      writer.flush(first, n, to);
+    });
+  }
+}
+
+// `maps`: room for 4 maps of P positions.
+template <class S>
+KD_FN void attention_sample(const SpatialAttentionParams& p, int64_t b, S* maps) {
+  constexpr double eps = 1e-12;
+  const int64_t positions = p.student.positions;
+  S* const a[2] = {maps, maps + positions};
+  S* const g[2] = {maps + 2 * positions, maps + 3 * positions};
+  const Maps* const given[2] = {&p.student, &p.teacher};
+  const Maps* const grads[2] = {&p.grad_student, &p.grad_teacher};
+  double norm[2];
+  for (int side = 0; side < 2; side++) {
+    norm[side] = attention_of(*given[side], b, p.power, a[side]);
+    const S inverse = S(1 / (norm[side] > eps ? norm[side] : eps));
+    for (int64_t i = 0; i < positions; i++) a[side][i] *= inverse;
+  }
+  double loss = 0;
+  if (p.distance == absolute)
+    for (int64_t i = 0; i < positions; i++) loss += __builtin_fabs((double)a[0][i] - a[1][i]);
+  else
+    for (int64_t i = 0; i < positions; i++) {
+      const double d = (double)a[0][i] - a[1][i];
+      loss += d * d;
+    }
+  if (p.distance == norm_of_it) loss = __builtin_sqrt(loss);
+  // Times as much as averaging makes gradients smaller than the maps.
+  const double size = (double)positions * p.student.channels;
+  p.sample_loss[b] = loss * size;
+
+  const double unit =
+      size * (p.distance == squared ? 2 : p.distance == absolute ? 1 : loss > 0 ? 1 / loss : 0);
+  for (int side = 0; side < 2; side++) {
+    if (!grads[side]->rows.data) continue;
+    const double sign = side ? -unit * p.factor_teacher : unit * p.factor_student;
+    double along = 0;  // of the gradient to a, on a: normalising takes it away
+    for (int64_t i = 0; i < positions; i++) {
+      const double d = (double)a[0][i] - a[1][i];
+      const double to_a = sign * (p.distance == absolute ? (d > 0) - (d < 0) : d);
+      g[side][i] = (S)to_a;
+      along += to_a * a[side][i];
+    }
+    const bool clamped = !(norm[side] > eps);
+    const double inverse = 1 / (clamped ? eps : norm[side]);
+    if (clamped) along = 0;
+    for (int64_t i = 0; i < positions; i++)
+      g[side][i] = (S)((g[side][i] - along * a[side][i]) * inverse);
+    emit_attention(*given[side], *grads[side], b, p.power, g[side]);
+  }
+}

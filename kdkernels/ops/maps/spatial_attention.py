@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kdkernels::spatial_attention``: distance of normalised activation maps."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdkernels.ops import features
+from kdkernels.ops.maps.layout import packed
+
+# Of two vectors: sum of squares, sum of magnitudes, Euclidean norm.
+DISTANCES = ("squared", "absolute", "norm")
+
+# student, teacher: (B, C, H, W) of one number of positions.
+features.define("spatial_attention", "student", "teacher")
+
+
+def spatial_attention(
+    function: str, backend: str, student: Tensor, teacher: Tensor, power: int, distance: int,
+    terms: int,
+) -> Tensor:  # fmt: skip
+    """The sum over samples of the maps' distances, divided by ``terms``."""
+    # The operator's own sum is as many times larger as gradients to an element are smaller.
+    size = student.shape[1] * student.shape[2] * student.shape[3]
+    return features.call(
+        function, "maps.spatial_attention", backend, (packed(student), packed(teacher)),
+        1.0 / (terms * size), choices=(power, distance),
+    )  # fmt: skip
