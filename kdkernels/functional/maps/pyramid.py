@@ -66,7 +66,7 @@ def cwd_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Channel-wise distillation (arXiv 2011.13256): where each channel is active, as a distribution.
+    """Channel-wise distillation (arXiv 2011.13256): where a channel is active, as a distribution.
 
     ``T^2`` times the mean over samples and channels of ``KL(p_teacher || p_student)``, p the
     softmax of a channel's H W activations over T, in nats; ``"sum"`` sums. It is

@@ -10,7 +10,7 @@ _EPS = 1e-12
 
 
 def spatial_attention(student: Tensor, teacher: Tensor, power: int, distance: int) -> Tensor:
-    """Sum over samples of a distance of normalised attention maps (``ops.maps.spatial_attention``)."""
+    """Sum over samples of a distance of normalised attention maps."""
     dtype = compute_dtype(student, teacher)
     difference = _normalised(student.to(dtype), power) - _normalised(teacher.to(dtype), power)
     if distance == 0:

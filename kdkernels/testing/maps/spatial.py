@@ -60,6 +60,34 @@ def _pkd(student, teacher):
     return F.mse_loss(standardised(student), standardised(teacher)) / 2
 
 
+# All three stages at once, as training has them, from the shape of the first.
+THREE_STAGES = {"resnet32x4_stages": (64, 64, 32, 32)}
+
+
+def _stages(shape, generator, device, dtype):
+    batch, channels, height, width = shape
+    made = {}
+    for k in range(3):
+        size = (batch, channels << k, max(height >> k, 1), max(width >> k, 1))
+        stage = maps(size, generator, device, dtype)
+        made |= {f"{side}{k or ''}": value for side, value in stage.items()}
+    return made
+
+
+def _of_stages(function, per_stage=False):
+    """``function`` of the tensors that ``_stages`` makes: of lists, or summed stage by stage."""
+
+    def call(*, student, student1, student2, teacher, teacher1, teacher2, **options):
+        students, teachers = [student, student1, student2], [teacher, teacher1, teacher2]
+        if per_stage:
+            pairs = zip(students, teachers, strict=True)
+            return sum(function(s, t, **options) for s, t in pairs)
+        return function(students, teachers, **options)
+
+    call.__name__ = function.__name__
+    return call
+
+
 _MAPS = {
     "make": maps,
     "make_optional": _none,
@@ -114,5 +142,32 @@ LOSSES = (
         function=functional.pkd_loss,
         eager=_pkd,
         **_MAPS,
+    ),
+    *(
+        Loss(
+            name=f"{name}_stages",
+            family=family,
+            function=_of_stages(function),
+            eager=_of_stages(eager, per_stage=True),
+            **_MAPS
+            | {
+                "make": _stages,
+                "differentiable": tuple(
+                    f"{s}{k}" for k in ("", 1, 2) for s in ("student", "teacher")
+                ),
+                "learned": ("student1", "student2"),
+                "shapes": THREE_STAGES,
+                "small": (2, 3, 9, 10),
+            },
+        )
+        for name, family, function, eager in (
+            (
+                "attention_transfer",
+                "maps.spatial_attention",
+                functional.attention_transfer,
+                _attention_transfer,
+            ),
+            ("hcl", "maps.pyramid", functional.hcl_loss, _hcl),
+        )
     ),
 )
