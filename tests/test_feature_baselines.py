@@ -34,6 +34,8 @@ class _Count(TorchDispatchMode):
         ("ab_loss", (64, 64, 32, 32), 66 / 3, 47 / 3, 16.8e6),
         ("ofd_loss", (64, 64, 32, 32), 90 / 3, 56 / 3, 16.8e6),
         ("vid_loss", (64, 128, 16, 16), 11, 18, 8.4e6),
+        ("attention_transfer_stages", (64, 64, 32, 32), 42, 68, 16.8e6),
+        ("hcl_stages", (64, 64, 32, 32), 54, 44, 16.8e6),
     ],
 )
 def test_baselines_are_no_straw_men(name, shape, forward, backward, largest):

@@ -9,9 +9,21 @@ from kdkernels.modules.maps.elementwise import (
     VIDLoss,
 )
 from kdkernels.modules.maps.maskd import MasKDLoss, ReceptiveTokens
+from kdkernels.modules.maps.spatial import (
+    AttentionTransferLoss,
+    CWDLoss,
+    FTLoss,
+    HCLLoss,
+    PKDLoss,
+)
 
 __all__ = [
     "ABLoss",
+    "AttentionTransferLoss",
+    "CWDLoss",
+    "FTLoss",
+    "HCLLoss",
+    "PKDLoss",
     "FitNetLoss",
     "MGDLoss",
     "MasKDLoss",
