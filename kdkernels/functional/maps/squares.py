@@ -179,6 +179,5 @@ def l2_loss(
 
 def _unit(x: Tensor) -> Tensor:
     """Each sample over its norm; zeros stay zero, with a zero gradient."""
-    norm = x.flatten(1).square().sum(1)
-    inverse = torch.where(norm > 0, torch.where(norm > 0, norm, 1.0).rsqrt(), 0.0)
-    return x * inverse.view(-1, *[1] * (x.dim() - 1))
+    norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
+    return x * torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
