@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the committed results and writes README's tables from them.
+"""Draws the committed results and writes their tables.
 
-python benchmarks/plot.py           the plots, and README between its benchmark markers
-python benchmarks/plot.py --check   only whether README says what the results say
+python benchmarks/plot.py           the plots, RESULTS.md, and README between its markers
+python benchmarks/plot.py --check   only whether both say what the results say
 
 The newest result of each device counts. Every case of a result is in the table, lost or won.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+TABLES = ROOT / "benchmarks" / "RESULTS.md"
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 BASELINES = ("eager", "compile")
@@ -70,7 +71,7 @@ def table(result: dict) -> str:
     ours = [n for n in OURS if n in present]
     header = [
         "loss", "shape", "dtype", *(f"{name}, ms" for name in others), "kdkernels", "ms",
-        "x best baseline", "same, upstream 0.5", "of a copy's speed",
+        "x eager", "x best baseline", "same, upstream 0.5", "of a copy's speed",
         "loss error, eager", "ours", "memory, eager", "ours",
     ]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
@@ -98,6 +99,7 @@ def _line(unit: dict, half: dict, name: str, others: list[str]) -> list[str] | N
         *(milliseconds(unit, other) for other in others),
         name,
         milliseconds(unit, name),
+        f"{eager['seconds'] / found['seconds']:.1f}" if eager else "-",
         *speedups,
         f"{found['share_of_copy']:.0%}",
         f"{eager['loss_error']:.0e}" if eager else "-",
@@ -134,15 +136,35 @@ def block(paths: list[Path]) -> str:
     for path in paths:
         result = json.loads(path.read_text())
         plot = path.with_suffix(".svg").relative_to(ROOT).as_posix()
+        cases = pairs(result)
+        lost = sum(
+            unit["contenders"][name]["speedup"] < 1
+            for unit, _ in cases
+            for name in OURS
+            if name in unit["contenders"]
+        )
         parts += [
             f"**{heading(result)}**",
             f"![speed against eager and torch.compile]({plot})",
+            f"All {len(cases)} cases, {lost} of them lost, with errors and memory: "
+            f"[benchmarks/RESULTS.md](benchmarks/RESULTS.md).",
+        ]
+    return "\n\n".join(parts)
+
+
+def tables(paths: list[Path]) -> str:
+    """RESULTS.md."""
+    parts = ["# Results", "Written by `plot.py`; what is measured is in [README.md](README.md)."]
+    for path in paths:
+        result = json.loads(path.read_text())
+        parts += [
+            f"## {heading(result)}",
             table(result),
             "Memory is the peak above the inputs, in sizes of the gradient. Worst relative error "
             "of 64 single rows of 4096 classes, fp32, as the student comes close to the teacher:",
             near_zero_table(result),
         ]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + "\n"
 
 
 def rewritten(readme: str, content: str) -> str:
@@ -213,19 +235,20 @@ def draw(path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if they differ")
     arguments = parser.parse_args()
     paths = newest()
     readme = README.read_text()
     wanted = rewritten(readme, block(paths)) if paths else readme
     if arguments.check:
-        if readme != wanted:
-            print("README.md does not show the results: run python benchmarks/plot.py")
+        if readme != wanted or TABLES.read_text() != tables(paths):
+            print("README.md or RESULTS.md do not show the results: run python benchmarks/plot.py")
             return 1
         return 0
     for path in paths:
         draw(path)
     README.write_text(wanted)
+    TABLES.write_text(tables(paths))
     return 0
 
 

@@ -25,7 +25,11 @@ IMAGE = (
     "learning_simplifier", "learning_simplifier_batch",
 )  # fmt: skip
 TOP_K = tuple(name for name in LOSSES if name.startswith("topk_"))
-OTHERS = tuple(name for name in LOSSES if name not in (*MAIN, *IMAGE, *TOP_K, "pld_loss"))
+# Over features, at shapes of their own.
+FEATURES = tuple(name for name, loss in LOSSES.items() if loss.features)
+OTHERS = tuple(
+    name for name in LOSSES if name not in (*MAIN, *IMAGE, *TOP_K, *FEATURES, "pld_loss")
+)
 # Host cost, images, language models; what a CPU has in its caches, and what it has not.
 CPU_SHAPES = ("host_8x10", "cifar100_b64", "imagenet_b256", "llama2_vocab", "llama3_vocab")
 # The image shapes, then tokens x vocabulary of Llama 2, Llama 3, Qwen and Gemma.
@@ -41,6 +45,7 @@ def cases(device_type: str) -> list[Case]:
             *(Case(name, shape, dtype) for shape in GPU_SHAPES[:3] for dtype in ("bf16", "fp32")
               for name in MAIN),
             *(Case(name, shape) for shape in GPU_SHAPES[1:3] for name in IMAGE),
+            *(Case(name, shape) for name in FEATURES for shape in LOSSES[name].shapes),
             *(Case(name, "4096x32000", "bf16") for name in ("reverse_kl_div", "js_div",
                                                              "tv_distance", *TOP_K)),
             *(Case(name, shape, dtype) for dtype in ("bf16", "fp32") for shape in GPU_SHAPES[3:]
@@ -52,6 +57,7 @@ def cases(device_type: str) -> list[Case]:
         *(Case(name, shape) for name in IMAGE for shape in ("cifar100_b64", "imagenet_b256")),
         *(Case(name, "llama2_vocab") for name in TOP_K),
         *(Case(name, "imagenet_b256") for name in OTHERS),
+        *(Case(name, shape) for name in FEATURES for shape in LOSSES[name].shapes),
     ]
 
 

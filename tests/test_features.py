@@ -10,8 +10,7 @@ from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-FAMILIES = ("maps", "relation", "contrast")
-ENTRIES = [x for x in LOSSES.values() if x.family.partition(".")[0] in FAMILIES]
+ENTRIES = [x for x in LOSSES.values() if x.features]
 entries = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 each = pytest.mark.parametrize(
     ("entry", "backend"),

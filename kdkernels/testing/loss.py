@@ -33,6 +33,8 @@ class Loss:
     # Benchmark shapes, named for where they occur.
     shapes: Mapping[str, tuple[int, ...]]
     hyper: Mapping[str, Any] = field(default_factory=dict)
+    # Student and teacher are features, not logits.
+    features: bool = False
     # One that tests and the self-check can afford.
     small: tuple[int, ...] = (16, 100)
     # It has the rowwise functions' arguments and semantics: student and teacher (..., C), reduced

@@ -82,6 +82,7 @@ def _loss(name, eager, *, make=maps, differentiable=("student", "teacher"), **re
         shapes=STAGES,
         small=(5, 6, 7, 5),
         by_row=False,
+        features=True,
         divergence=False,
         **rest,
     )

@@ -95,6 +95,7 @@ _MAPS = {
     "shapes": STAGES,
     "small": (3, 5, 6, 9),
     "by_row": False,
+    "features": True,
     "divergence": False,
 }
 
