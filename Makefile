@@ -3,8 +3,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
-# A torch >= 2.10 that $(PYTHON) already has is used as it is; otherwise $(TORCH) is installed.
-HAS_TORCH = $(PYTHON) -c "import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))"
+# A torch >= 2.10 that $(PYTHON) already has is used as it is; otherwise $(TORCH) is installed. One
+# of a virtual environment is not seen from another, so the new environment is what is asked.
+HAS_TORCH = $(BIN)/python -c "import torch, sys; sys.exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 10))"
 
 .PHONY: help install test test-slow lint demo bench figures clean
 
@@ -14,8 +15,9 @@ help:
 install: $(BIN)/kdkernels
 
 $(VENV)/ready: pyproject.toml
-	if $(HAS_TORCH) 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q "$(TORCH)"; fi
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(HAS_TORCH) 2>/dev/null || \
+		{ $(PYTHON) -m venv --clear $(VENV) && $(BIN)/pip install -q "$(TORCH)"; }
 	$(BIN)/pip install -q "setuptools>=68" wheel "pybind11>=2.12"
 	touch $@
 

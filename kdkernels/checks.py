@@ -20,6 +20,7 @@ __all__ = [
     "class_range",
     "flag",
     "floats",
+    "group",
     "inplace",
     "integer",
     "labels",
@@ -36,7 +37,9 @@ __all__ = [
 
 CHECK_DEVICE_VALUES = os.environ.get("KDKERNELS_CHECK", "0") == "1"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
+)  # fmt: skip
 
 
 def _readable(tensor: torch.Tensor) -> bool:
@@ -104,6 +107,15 @@ def stacked(name: str, argument: str, value: torch.Tensor, student, width: int |
         raise ValueError(
             f"{name}: {argument} must have shape (M, *{tuple(student.shape)}) with M >= 1{also}, "
             f"got {tuple(value.shape)}."
+        )
+
+
+def group(name: str, value) -> None:
+    """A process group of torch.distributed, or None."""
+    if value is not None and not isinstance(value, getattr(torch.distributed, "ProcessGroup", ())):
+        raise TypeError(
+            f"{name}: group must be a torch.distributed.ProcessGroup (such as "
+            f"torch.distributed.group.WORLD) or None, got {value!r}."
         )
 
 
@@ -211,11 +223,12 @@ def teacher_weights(
     same_device(name, "weights", value, student)
     if _readable(value) and value.numel():
         if not value.isfinite().all():
-            raise ValueError(f"{name}: weights must be finite, got {value.detach().tolist()}.")
+            worst = value[~value.isfinite()][0].item()
+            raise ValueError(f"{name}: weights must be finite, got {worst}.")
         if mixture and not ((value >= 0).all() and (value.sum(0) > 0).all()):
             raise ValueError(
-                f"{name}: weights of a mixture must not be negative, nor all be 0, "
-                f"got {value.detach().tolist()}."
+                f"{name}: weights of a mixture must not be negative, nor all be 0, got a smallest "
+                f"weight of {value.min().item()} and a smallest sum of {value.sum(0).min().item()}."
             )
     columns = rows.numel() if value.dim() > 1 else 1
     return value.reshape(count, columns).to(dtype).contiguous()
@@ -306,6 +319,11 @@ def topk(name: str, student, values, indices) -> None:
         raise ValueError(
             f"{name}: topk_values and topk_indices must have one shape (..., k) with k >= 1, "
             f"got {tuple(values.shape)} and {tuple(indices.shape)}."
+        )
+    if values.shape[-1] > student.shape[-1]:
+        raise ValueError(
+            f"{name}: topk_values must have at most as many values a row as there are classes "
+            f"({student.shape[-1]}), got {values.shape[-1]}."
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdkernels import backends, modules
+from kdkernels import backends, diagnostics, modules
 from kdkernels import functional as kd
 from kdkernels.testing import LOSSES
 
@@ -292,3 +292,77 @@ def test_environment_sets_the_preference(monkeypatch):
     monkeypatch.setattr(backends, "_preference", "metal")  # as if it had been in the environment
     with pytest.raises(ValueError, match=r"^KDKERNELS_BACKEND: backend must be one of .* 'metal'"):
         backends.get_backend()
+
+
+def test_every_module_can_be_made():
+    """With its defaults; those that learn need sizes, which their own tests give."""
+    made = 0
+    for name in modules.__all__:
+        try:
+            module = getattr(modules, name)()
+        except TypeError as error:  # sizes, or a kind, that have no default
+            assert "missing" in str(error) or "unexpected" in str(error), name
+        else:
+            assert isinstance(module, torch.nn.Module)
+            made += 1
+    assert made >= 15
+
+
+def test_self_check_runs():
+    """``kdkernels check``: nothing it tries is wrong here."""
+    found = diagnostics.check("cpu")
+    assert found.keys() == LOSSES.keys()
+    for name, by_backend in found.items():
+        assert "reference" in by_backend and not any(by_backend.values()), (name, by_backend)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda group: kd.dist_loss(S, S, group=group),
+        lambda group: kd.mlkd_loss(S, S, group=group),
+    ],
+)
+def test_groups_are_process_groups(call):
+    with pytest.raises(TypeError, match=r"_loss: group must be a torch.distributed.Proc.* 'world'"):
+        call("world")
+
+
+def test_bad_mixtures_do_not_print_every_weight():
+    weights = torch.ones(2, 4)
+    weights[1, 3] = -0.5
+    with pytest.raises(ValueError, match=r"not be negative.*smallest weight of -0.5 .*sum of 0.5"):
+        kd.multi_teacher_kl_div(S, torch.stack([S, S]), weights=weights, form="mixture")
+
+
+def test_more_values_than_classes():
+    with pytest.raises(
+        ValueError, match=r"topk_values must have at most .* classes \(10\), got 11"
+    ):
+        kd.topk_divergence(S, torch.zeros(4, 11), torch.zeros(4, 11, dtype=torch.int64))
+
+
+def test_unsigned_indices():
+    values = torch.full((4, 2), -1.0)
+    indices = torch.tensor([[1, 2]] * 4)
+    expected = kd.topk_divergence(S, values, indices)
+    assert torch.equal(kd.topk_divergence(S, values, indices.to(torch.uint16)), expected)
+
+
+def test_simplifier_sizes():
+    with pytest.raises(
+        ValueError, match=r"LearningSimplifier: num_heads must divide dim \(32\), g"
+    ):
+        modules.LearningSimplifier(10, 32, num_heads=5)
+    with pytest.raises(
+        ValueError, match=r"teacher_logits must have shape \(\.\.\., 7\), got \(4, 10"
+    ):
+        modules.LearningSimplifier(7)(S)
+
+
+def test_student_friendly_loss_of_some_rows():
+    loss = modules.StudentFriendlyKDLoss(10)
+    inputs = LOSSES["kd_loss"].inputs(4, 10)
+    mask = torch.tensor([True, False, True, True])
+    some = {name: x[mask] for name, x in inputs.items()}
+    torch.testing.assert_close(loss(**inputs, mask=mask), loss(**some))

@@ -91,6 +91,7 @@ def learning_simplifier(
         name, "temperature", temperature, teacher_logits, dtype
     )
     backend = backends.select("attention", teacher_logits.device.type, backend, name)
+    checks.group(name, group)
     if group is not None and tokens == "class":
         raise ValueError(f'{name}: group is for tokens="batch"; class tokens relate no rows.')
 

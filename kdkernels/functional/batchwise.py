@@ -214,6 +214,7 @@ def _prepare(name, operator, student, teacher, labels, mask, ignore_index, group
             raise TypeError(f"{name}: labels must be class indices, got probabilities.")
         counts = labels != ignore_index
         mask = counts if mask is None else mask & counts
+    checks.group(name, group)
     if group is not None:
         from kdkernels.distributed import gather_rows
 

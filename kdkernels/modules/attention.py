@@ -50,6 +50,9 @@ class LearningSimplifier(nn.Module):
             checks.integer(name, argument, value)
             if value < 1:
                 raise ValueError(f"{name}: {argument} must be at least 1, got {value}.")
+        checks.integer(name, "num_heads", num_heads)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"{name}: num_heads must divide dim ({dim}), got {num_heads}.")
         by_class = tokens == "class"
         width, outputs = (dim + 1, 1) if by_class else (num_classes, num_classes)
         self.query_weight = nn.Parameter(torch.empty(width, dim))
@@ -85,6 +88,12 @@ class LearningSimplifier(nn.Module):
 
     def forward(self, teacher_logits: Tensor) -> Tensor:
         """Simplified logits (..., K) at the scale of ``teacher_logits`` (..., K)."""
+        weight = self.query_weight if self.class_embedding is None else self.class_embedding
+        if teacher_logits.shape[-1:] != weight.shape[:1]:
+            raise ValueError(
+                f"{type(self).__name__}: teacher_logits must have shape (..., {len(weight)}), got "
+                f"{tuple(teacher_logits.shape)}."
+            )
         return functional.learning_simplifier(teacher_logits, **self._held())
 
     def _held(self) -> dict:
@@ -143,32 +152,38 @@ class StudentFriendlyKDLoss(nn.Module):
             residual=residual, group=group, backend=backend,
         )  # fmt: skip
 
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The loss of ``student`` (..., K) against ``teacher`` (..., K), simplified."""
+    def forward(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, **per_row: Tensor
+    ) -> Tensor:
+        """The loss of ``student`` (..., K) against ``teacher`` (..., K), simplified.
+
+        ``per_row``: what L and the cross-entropy take of a call besides, such as ``mask`` and
+        ``row_weight``.
+        """
         if labels is None and self.ce_weight:
             raise ValueError(
                 f"{type(self).__name__}: labels must be given unless ce_weight is 0, got None."
             )
         target = self.simplifier(teacher)
         if self.loss is None and not self.detach_student and labels is not None:
-            return self._softened(student, target, labels, self.ce_weight, self.kd_weight)
+            return self._softened(student, target, labels, self.ce_weight, self.kd_weight, per_row)
         imitator = student.detach() if self.detach_student else student
         if self.loss is None:
             value = functional.kl_div(
                 imitator, target, labels, temperature=self.simplifier.temperature,
-                backend=self.backend,
+                backend=self.backend, **per_row,
             )  # fmt: skip
         else:
-            value = self.loss(imitator, target, *([] if labels is None else [labels]))
+            value = self.loss(imitator, target, *([] if labels is None else [labels]), **per_row)
         value = self.kd_weight * value
         if self.ce_weight:
-            value = value + self._softened(student, teacher, labels, self.ce_weight, 0.0)
+            value = value + self._softened(student, teacher, labels, self.ce_weight, 0.0, per_row)
         return value
 
-    def _softened(self, student, teacher, labels, ce_weight, kd_weight) -> Tensor:
+    def _softened(self, student, teacher, labels, ce_weight, kd_weight, per_row) -> Tensor:
         return functional.kd_loss(
             student, teacher, labels, temperature=self.simplifier.temperature,
-            ce_weight=ce_weight, kd_weight=kd_weight, backend=self.backend,
+            ce_weight=ce_weight, kd_weight=kd_weight, backend=self.backend, **per_row,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -6,22 +6,25 @@ Arguments that every function here shares:
     student: logits ``(..., C)``, not probabilities (log-probabilities are logits too, at
         temperature 1); the leading dimensions are rows. fp64, fp32, bf16 or fp16, any strides.
     teacher: logits of the same shape; its dtype may differ.
-    labels: class indices ``(...)``. In a divergence they only mask, by ``ignore_index``.
+    labels: class indices ``(...)``. In a divergence they only mask, by ``ignore_index``. In the
+        losses with labels they may be probabilities ``(..., C)``: the cross-entropy takes them all,
+        and the target class of DKD, NKD, ATS and WSLD is the most probable one.
     temperature: a number, or a tensor of one element or of shape ``(...)``; positive.
     teacher_temperature: likewise; the student's by default.
     scale: ``"t2"`` multiplies each row by its student temperature squared, ``"none"`` does not.
     reduction: ``"batchmean"`` (sum over rows / number of rows that count), ``"mean"`` (that / C,
-        or / the width of class_range),
-        ``"sum"``, or ``"none"`` (per row, 0 where masked).
+        or / the width of class_range, terms of all classes included), ``"sum"``, or ``"none"``
+        (per row, 0 where masked).
     mask: bool ``(...)``, True where the row counts.
     ignore_index: rows with this label do not count.
     row_weight: float ``(...)``; multiplies its row, and does not enter the number of rows.
-    standardize: both rows are z-scored first (arXiv 2403.01427): less their mean, over their
-        standard deviation (unbiased) plus 1e-7, over the finite classes. A constant row becomes 0,
-        with a zero gradient.
+    standardize: the softmaxes at the temperatures are of z-scored rows (arXiv 2403.01427): less
+        their mean, over their standard deviation (unbiased) plus 1e-7, over the finite classes. A
+        constant row becomes 0, with a zero gradient. What is at temperature 1 (cross-entropies
+        with labels, the target's term of NKD, WSLD's weights) is of the logits as they are.
     class_range: ``(m, n)``, the softmaxes are over classes m to n - 1 alone; the teacher may have
-        all C classes or only these. What is at temperature 1 (cross-entropies with labels, and the
-        weights made of them) sees every class.
+        all C classes or only these. What is at temperature 1 sees every class. Where the target
+        class is a term of its own (DKD, NKD, ATS), labels must lie in the range.
     inplace: the gradient overwrites the student's logits (eager only, non-leaf, one backward).
     backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; anything but
         ``"auto"`` raises where it cannot run.

@@ -55,7 +55,8 @@ def kd_loss(
 
     ``labels`` are class indices ``(...)`` or probabilities ``(..., C)``, smoothed by
     ``label_smoothing`` in [0, 1] as in ``torch.nn.CrossEntropyLoss``. ``reduction="mean"`` divides
-    both terms by C. The rest as in :mod:`kdkernels.functional.rowwise`.
+    both terms by C, or by the width of ``class_range``. The rest as in
+    :mod:`kdkernels.functional.rowwise`.
 
     compat:
         ``"paper"`` (also ``"mdistiller"``, ``"repdistiller"``): as above.
@@ -126,7 +127,8 @@ def dkd_loss(
     ``warmup`` multiplies both: the paper's ``min(epoch / 20, 1)``. Plus ``ce_weight`` times the
     cross-entropy (the paper's recipes: 1).
 
-    ``return_parts``: a named tuple of the loss, TCKD and NCKD; the latter two times T^2, without
+    ``return_parts``: a named tuple ``(loss, target, non_target)`` of the loss, TCKD and NCKD; the
+    latter two times T^2, without
     alpha, beta and warmup, and detached. With no other class than the target both are 0.
 
     mdistiller, mmrazor, cls_KD and CTKD compute the same, by probabilities that run out at large
@@ -175,7 +177,8 @@ def nkd_loss(
     and teacher at temperature 1, p' and q' those at T over the classes other than the target y. The
     gradient does not go through ``q_y``, as published. Plus ``ce_weight`` times the cross-entropy.
 
-    ``return_parts``: a named tuple of the loss and its two terms, without gamma and detached.
+    ``return_parts``: a named tuple ``(loss, target, non_target)`` of the loss and its two terms,
+    the latter with T^2, without gamma, both detached.
     """
     name = "nkd_loss"
     checks.choice(name, "compat", compat, ("paper", "cls_kd"))
