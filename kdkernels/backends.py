@@ -27,6 +27,8 @@ AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 COMPOSITE = {
     "maps.pkd_loss": "composite by design: batch statistics of every channel, torch's own",
     "listwise": "composite by design: a sort of every row, beside which the rest is small",
+    "relation.kdsvd_loss": "composite by design: a decomposition of every map, beside which the "
+    "rest is small",
 }
 
 _preference = os.environ.get("KDKERNELS_BACKEND", "auto")

@@ -62,7 +62,7 @@ def triton_verdict(family: str, device_type: str) -> tuple[bool, str]:
 
 
 # These define the schemas that the binaries implement.
-from kdkernels.ops import attention, batchwise, ensemble, maps, rowwise, sparse  # noqa: E402, F401
+from kdkernels.ops import attention, batchwise, ensemble, maps, relation, rowwise, sparse  # noqa: E402, F401
 
 _load("_C_cpu")
 _load("_C_cuda")

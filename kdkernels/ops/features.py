@@ -18,7 +18,7 @@ A gradient lies in memory as its tensor does, which is contiguous or channels-la
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # imports are not for tracing
-def _register_triton(family: str) -> bool:
+def register_triton(family: str) -> bool:
     importlib.import_module(f"kdkernels.triton.{family}")
     return True
 
@@ -109,12 +109,24 @@ def call(
     choices: Sequence[int] = (),
 ) -> Tensor:
     """The loss of validated ``tensors`` by the operator ``kernel`` ("family.operator")."""
-    refuse_transforms(function, tuple(tensors))
     family, _, name = kernel.partition(".")
     if backend == "triton":
-        _register_triton(family)
+        register_triton(family)
         name += "_triton"
     operator = getattr(torch.ops.kdkernels, name).default
+    return differentiable(function, operator, tensors, factor, numbers, choices)
+
+
+def differentiable(
+    function: str,
+    operator: Callable[..., tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+    factor: float = 1.0,
+    numbers: Sequence[float] = (),
+    choices: Sequence[int] = (),
+) -> Tensor:
+    """The loss by ``operator``, or by a function that takes and returns what one does."""
+    refuse_transforms(function, tuple(tensors))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Feature.apply((function, operator, factor, numbers, choices), *tensors)
     return operator(*tensors, factor, numbers, choices, 0)[0]

@@ -4,7 +4,7 @@
 Differentiable to any order, and under ``torch.func``. One module per family.
 """
 
-from kdkernels.reference import maps
+from kdkernels.reference import maps, relation
 from kdkernels.reference.attention import learning_simplifier
 from kdkernels.reference.batchwise import dist, mlkd
 from kdkernels.reference.ensemble import ensemble
@@ -12,4 +12,14 @@ from kdkernels.reference.listwise import pld
 from kdkernels.reference.rowwise import rowwise
 from kdkernels.reference.sparse import sparse
 
-__all__ = ["dist", "ensemble", "learning_simplifier", "maps", "mlkd", "pld", "rowwise", "sparse"]
+__all__ = [
+    "dist",
+    "ensemble",
+    "learning_simplifier",
+    "maps",
+    "mlkd",
+    "pld",
+    "relation",
+    "rowwise",
+    "sparse",
+]

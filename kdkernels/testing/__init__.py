@@ -12,7 +12,16 @@ and below a cap; both by the largest deviation and by relative L2.
 
 from __future__ import annotations
 
-from kdkernels.testing import attention, batchwise, ensemble, listwise, maps, rowwise, sparse
+from kdkernels.testing import (
+    attention,
+    batchwise,
+    ensemble,
+    listwise,
+    maps,
+    relation,
+    rowwise,
+    sparse,
+)
 from kdkernels.testing.loss import (
     CAP,
     FLOOR,
@@ -44,5 +53,6 @@ _FAMILIES = (
     sparse,
     batchwise,
     maps,
+    relation,
 )
 LOSSES: dict[str, Loss] = {loss.name: loss for family in _FAMILIES for loss in family.LOSSES}
