@@ -30,6 +30,11 @@ def _maps(shape, generator, device, dtype):
     return {name: x.clamp(min=-0.1) for name, x in _pair(shape, generator, device, dtype).items()}
 
 
+def _views(shape, generator, device, dtype):
+    """Four of each sample."""
+    return _pair((4 * shape[0], shape[1]), generator, device, dtype)
+
+
 def _staged(number: int):
     """Stages of half the size and twice the channels each, as those of a ResNet."""
 
@@ -185,7 +190,7 @@ def _gram(student, teacher):
 
 
 def _right(x, number):
-    u, values, v = torch.svd(x)
+    _, values, v = torch.svd(x if x.dtype == torch.float64 else x.float())
     return F.normalize(values[:, :number], dim=1), F.normalize(v[:, :, :number], dim=1)
 
 
@@ -248,10 +253,12 @@ def _entry(name, operator, function, eager, *, make=_pair, small=(9, 12), shapes
 LOSSES = (
     _entry("rkd_loss", "rkd", functional.rkd_loss, _rkd),
     _entry(
-        "rkd_distance", "rkd", functional.rkd_distance, functools.partial(_rkd, angle_weight=0.0)
+        "rkd_distance", "rkd", functional.rkd_distance,
+        functools.partial(_rkd, distance_weight=1.0, angle_weight=0.0),
     ),
     _entry(
-        "rkd_angle", "rkd", functional.rkd_angle, functools.partial(_rkd, distance_weight=0.0)
+        "rkd_angle", "rkd", functional.rkd_angle,
+        functools.partial(_rkd, distance_weight=0.0, angle_weight=1.0),
     ),
     _entry("pkt_loss", "pkt", functional.pkt_loss, _pkt),
     _entry("cc_loss", "polynomial", functional.cc_loss, _cc),
@@ -276,7 +283,7 @@ LOSSES = (
         shapes={"modalities_b64": (64, 8, 512)},
     ),
     _entry(
-        "nst_loss", "nst_grams", functional.nst_loss, _nst, small=(3, 4, 4, 5), shapes=_STAGES,
+        "nst_loss", "nst_grams", functional.nst_loss, _nst, small=(3, 4, 8, 12), shapes=_STAGES,
         number=3, stops=True,
     ),
     _entry(
@@ -286,9 +293,10 @@ LOSSES = (
     _entry(
         "kdsvd_loss", "kdsvd_loss", functional.kdsvd_loss, _kdsvd, small=(2, 4, 8, 8),
         shapes=_STAGES, number=3, stops=True,
+        differentiable=("student", "student_1", "student_2"),
     ),
     _entry(
-        "sskd_similarity", "rowwise", functional.sskd_similarity, _similarity, small=(20, 7),
-        shapes={"cifar100_b64": (256, 128)},
+        "sskd_similarity", "rowwise", functional.sskd_similarity, _similarity, small=(5, 7),
+        make=_views, shapes={"cifar100_b64": (64, 128)},
     ),
 )  # fmt: skip

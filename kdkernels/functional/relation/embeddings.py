@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kdkernels import backends, checks, ops, reference
@@ -26,6 +27,11 @@ def _prepare(name, operator, student, teacher, reduction, group, backend, same=(
 
         student, teacher = gather_rows(group, student, teacher)
     return student, teacher, backend
+
+
+def _reference(operator, student, teacher, *options) -> Tensor:
+    with torch.autocast(student.device.type, enabled=False):
+        return getattr(reference.relation, operator)(student, teacher, *options)
 
 
 def rkd_loss(
@@ -103,7 +109,7 @@ def _rkd(name, student, teacher, weights, squared, reduction, group, backend):
         factor, divisors = float(rows**2), (rows**2, rows**2)
     numbers = RKDNumbers(*(w / n for w, n in zip(weights, divisors, strict=True)))
     if backend == "reference":
-        return reference.relation.rkd(student, teacher, numbers, choices) * factor
+        return _reference("rkd", student, teacher, numbers, choices) * factor
     return ops.relation.embeddings(name, "rkd", backend, student, teacher, factor, numbers, choices)
 
 
@@ -129,7 +135,7 @@ def pkt_loss(
     student, teacher, backend = _prepare(name, "pkt", student, teacher, reduction, group, backend)
     factor = 1 / max(student.shape[0], 1) ** 2 if reduction == "mean" else 1.0
     if backend == "reference":
-        return reference.relation.pkt(student, teacher, eps) * factor
+        return _reference("pkt", student, teacher, eps) * factor
     return ops.relation.embeddings(name, "pkt", backend, student, teacher, factor, (eps,))
 
 
@@ -180,7 +186,7 @@ def cc_loss(
         numbers, choices = _series(kernel, gamma, order), (norm,)
         of_reference = numbers, norm
     if backend == "reference":
-        return getattr(reference.relation, operator)(student, teacher, *of_reference) * factor
+        return _reference(operator, student, teacher, *of_reference) * factor
     return ops.relation.embeddings(
         name, operator, backend, student, teacher, factor, numbers, choices
     )

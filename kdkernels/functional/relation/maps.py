@@ -133,7 +133,7 @@ def nst_loss(
         pair(name, s, t, shape="(B, C, H, W)", same=(0,))
         chosen = backends.select("relation.nst_grams", s.device.type, backend, name)
         factor = 1 / max(len(s), 1) if reduction == "mean" else 1.0
-        s, t = (x.flatten(2) for x in same_size(s, t))
+        s, t = (x.flatten(2) for x in _pooled(s, t))
         with torch.autocast(s.device.type, enabled=False):
             if chosen == "reference":
                 loss = loss + reference.relation.nst(s, t) * factor
@@ -187,9 +187,13 @@ def fsp_loss(
     return loss
 
 
-def _pooled(low: Tensor, high: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+def _pooled(a: Tensor, b: Tensor, largest: bool = False) -> tuple[Tensor, Tensor]:
+    """The one of more height pooled to the other's size, not in half precision."""
+    if a.shape[2:] == b.shape[2:]:
+        return a, b
+    a, b = (x.to(ops.features.compute_dtype(x)) for x in (a, b))
     if not largest:
-        return same_size(low, high)
-    if low.shape[2] > high.shape[2]:
-        return F.adaptive_max_pool2d(low, high.shape[2:]), high
-    return low, F.adaptive_max_pool2d(high, low.shape[2:])
+        return same_size(a, b)
+    if a.shape[2] > b.shape[2]:
+        return F.adaptive_max_pool2d(a, b.shape[2:]), b
+    return a, F.adaptive_max_pool2d(b, a.shape[2:])
