@@ -114,7 +114,7 @@ def _nst_by_channels(backend: str, student, teacher, factor, numbers, choices, g
     tensors = student, teacher
     inner, outer = _apart(tensors, factor)
     s, t = (x.to(compute_dtype(*tensors)) for x in tensors)
-    needed = 3 * (grads & 1) | 3 * (grads & 2)
+    needed = 3 * (grads & 1) | 3 * (grads & 2)  # the cross is for both
     loss, of_student, cross, of_teacher = _operator("nst_grams", backend)(
         s @ s.mT, s @ t.mT, t @ t.mT, inner, numbers, (), needed
     )

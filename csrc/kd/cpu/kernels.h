@@ -8,6 +8,7 @@
 #include "../maps.h"
 #include "../product.h"
 #include "../row_attention.h"
+#include "../relation.h"
 #include "../rowwise.h"
 #include "../sparse.h"
 
@@ -26,6 +27,10 @@ namespace kd {
   X(elementwise, (const ElementParams&, int64_t begin, int64_t end))                     \
   X(pyramid, (const PyramidParams&, int64_t begin, int64_t end))                         \
   X(spatial_attention, (const SpatialAttentionParams&, int64_t begin, int64_t end))      \
+  X(relation, (const Relation&, RelationStep, int side, int64_t begin, int64_t end))     \
+  X(gram_match, (const GramMatch&, int64_t begin, int64_t end))                          \
+  X(nst_grams, (const NSTGrams&, int64_t begin, int64_t end))                            \
+  X(neighbour_columns, (const Neighbours&, int64_t begin, int64_t end))                  \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))          \
   X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))       \
   X(row_attention, (const RowAttention&, RowStep, int64_t begin, int64_t end))           \
