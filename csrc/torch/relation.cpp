@@ -13,7 +13,7 @@ using namespace kd::torch_binding;
 using Pair = std::tuple<Tensor, Tensor, Tensor>;
 
 const auto parallel = [](int64_t tasks, int64_t work, const auto& f) {
-  constexpr int64_t grain = 8 * kd::grain;  // multiplications
+  constexpr int64_t grain = 1 << 22;  // multiplications: 100 us, beside which a thread's start is small
   torch::stable::parallel_for(0, tasks, grain / std::max<int64_t>(work, 1) + 1, f);
 };
 

@@ -57,20 +57,25 @@ inline void centre(const Relation& p, const Embeddings& x, int64_t block) {
 
 // `relation_rows` rows, column by column in panels.
 inline void pack(const Relation& p, const Embeddings& x, int64_t group) {
-  double scratch[relation_columns];
-  for (int64_t i = group * relation_rows; i < (group + 1) * relation_rows; i++) {
-    double* to = p.panels + i / panel * panel * x.width + i % panel;
+  double scratch[panel][relation_columns];
+  const double* rows[panel];
+  for (int64_t i = group * relation_rows; i < (group + 1) * relation_rows; i += panel)
     for (int64_t first = 0; first < x.width; first += relation_columns) {
       const int n = columns_of(x, first);
-      if (i >= p.rows) {
-        for (int d = 0; d < n; d++) to[(first + d) * panel] = 0;
-        continue;
+      for (int r = 0; r < panel; r++) {
+        rows[r] = scratch[r];
+        if (i + r < p.rows)
+          rows[r] = RowReader<double>{x.x, row_offset(x.x, i + r)}.get(first, n, scratch[r]);
+        else __builtin_memset(scratch[r], 0, sizeof scratch[r]);
       }
-      const double* row = RowReader<double>{x.x, row_offset(x.x, i)}.get(first, n, scratch);
-      for (int d = 0; d < n; d++)
-        to[(first + d) * panel] = row[d] - (x.mean ? x.mean[first + d] : 0);
+      double* to = p.panels + i * x.width + first * panel;
+      for (int d = 0; d < n; d++, to += panel)
+        for (int r = 0; r < panel; r++) to[r] = rows[r][d];
+      if (!x.mean) continue;
+      to -= n * panel;
+      for (int r = 0; r < panel && i + r < p.rows; r++)
+        for (int d = 0; d < n; d++) to[d * panel + r] -= x.mean[first + d];
     }
-  }
 }
 
 // The rows of a group up to the diagonal, and their mirror images.
@@ -90,24 +95,29 @@ inline void gram_rows(const Relation& p, const Embeddings& x, int64_t group) {
 
 // A block of columns of edges X.
 inline void gradient(const Relation& p, const Embeddings& x, int64_t block) {
-  const int64_t first = block * relation_columns;
-  const int n = columns_of(x, first);
-  const int64_t size = p.padded, strips = (n + panel - 1) / panel;
+  constexpr int most = relation_columns / panel;
+  const int64_t first = block * relation_columns, size = p.padded;
+  const int n = columns_of(x, first), strips = (n + panel - 1) / panel;
   char* memory = (char*)__builtin_malloc(strips * size * panel * sizeof(double) + 64);
   double* strip = (double*)(memory + (64 - (uintptr_t)memory % 64));
-  __builtin_memset(strip, 0, strips * size * panel * sizeof(double));
-  double scratch[relation_columns];
-  for (int64_t k = 0; k < p.rows; k++) {
-    const double* row = RowReader<double>{x.x, row_offset(x.x, k)}.get(first, n, scratch);
-    for (int d = 0; d < n; d++)
-      strip[(d / panel * size + k) * panel + d % panel] = row[d] - (x.mean ? x.mean[first + d] : 0);
+  alignas(64) double scratch[relation_columns] = {}, mean[relation_columns] = {};
+  for (int d = 0; x.mean && d < n; d++) mean[d] = x.mean[first + d];
+  for (int64_t k = 0; k < size; k++) {
+    const double* row = scratch;
+    if (k < p.rows) row = RowReader<double>{x.x, row_offset(x.x, k)}.get(first, n, scratch);
+    if (row != scratch) __builtin_memcpy(scratch, row, n * sizeof(double));
+    for (int s = 0; s < strips; s++)
+      for (int c = 0; c < panel; c++)
+        strip[(s * size + k) * panel + c] = scratch[s * panel + c] - mean[s * panel + c];
   }
-  alignas(64) double tiles[relation_columns / panel][tile_rows * panel];
+  alignas(64) double tiles[most][tile_rows * panel];
   for (int64_t j = 0; j < p.rows; j += tile_rows) {
-    for (int64_t s = 0; s < strips; s++)
+    for (int s = 0; s < strips; s++)
       tile_product(size, x.edges + j * size, size, 1, strip + s * size * panel, tiles[s]);
     for (int r = 0; r < tile_rows && j + r < p.rows; r++) {
-      for (int d = 0; d < n; d++) scratch[d] = x.factor * tiles[d / panel][r * panel + d % panel];
+      for (int s = 0; s < strips; s++)
+        for (int c = 0; c < panel; c++)
+          scratch[s * panel + c] = x.factor * tiles[s][r * panel + c];
       RowWriter<double>(x.grad, j + r, true).flush(first, n, scratch);
     }
   }

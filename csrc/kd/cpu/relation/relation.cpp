@@ -31,7 +31,7 @@ void relation(const Relation& p, RelationStep step, int side, int64_t begin, int
       case RelationStep::rkd_edges: rkd_edges(p, side, i); break;
       case RelationStep::pkt_sums: pkt_sums(p, i); break;
       case RelationStep::pkt_rows: pkt_rows(p, i); break;
-      case RelationStep::pkt_edges: pkt_edges(p, side, i); break;
+      case RelationStep::pkt_edges: side ? pkt_edges<1>(p, i) : pkt_edges<0>(p, i); break;
       case RelationStep::polynomial_rows: polynomial_rows(p, i); break;
       case RelationStep::polynomial_edges: polynomial_edges(p, side, i); break;
       case RelationStep::gradient: gradient(p, x, i); break;
