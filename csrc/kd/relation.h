@@ -33,7 +33,8 @@ struct NSTNumbers {
 
 constexpr double least_square = 1e-12, near_square = 1e-13;  // CLAMP and NEAR there
 
-// Embeddings of a batch. Everything between them and their gradients is in fp64.
+// Embeddings of a batch. Everything between them and their gradients is in fp64, but for products of
+// them in fp32 where `Relation::single`.
 struct Embeddings {
   Rows x, grad;              // grad.data is null where it is not asked for
   int64_t width = 0;
@@ -55,8 +56,9 @@ enum class RelationStep {
 
 struct Relation {
   int64_t rows = 0, padded = 0;
+  bool single = false;
   Embeddings side[2];
-  double* panels = nullptr;  // (padded, width) of the side that is at work
+  void* panels = nullptr;    // (padded, width) of the side that is at work
   double* turns = nullptr;   // (padded, padded), RKD
   double* loss = nullptr;    // (padded,), of rows or pairs of rows
   double* slope[2] = {};     // (padded,) each
@@ -69,7 +71,7 @@ struct Relation {
 };
 
 // Tasks of the steps: of so many rows, and of so many columns.
-constexpr int64_t relation_rows = 16, relation_columns = 64;
+constexpr int64_t relation_rows = 32, relation_columns = 64;
 static inline int64_t relation_padded(int64_t rows) {
   return (rows + relation_rows - 1) / relation_rows * relation_rows;
 }

@@ -38,6 +38,7 @@ Pair embeddings(const Tensor& student, const Tensor& teacher, double factor, int
     found[side] = gradient_for(x, grads >> side & 1, r.side[side].grad);
   }
   r.rows = student.size(0);
+  r.single = !rkd && accumulated_in(student, teacher) == ScalarType::Float;
   // A tensor, for its memory to be accounted for as other temporaries' is.
   const Tensor scratch = contiguous(
       {kd::relation_scratch(r.rows, std::max(student.size(1), teacher.size(1)), rkd)},

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses over relations as modules; arguments, result and errors are those of their functions.
-"""
+"""The losses over relations as modules; arguments and errors are those of their functions."""
 
 from __future__ import annotations
 
@@ -121,9 +120,9 @@ class SSKDLoss(nn.Module):
 
     Rows are samples in turn, each with its ``views``: the plain one, then transformed ones, which
     in the paper are its rotations. The sum of ``ce_weight`` times the cross-entropy of the plain
-    views, ``kd_weight`` and ``tf_weight`` times ``T^2 KL`` of the plain and of the transformed views
-    at ``temperature``, the latter over the teacher's :func:`least_wrong <kdkernels.functional
-    .least_wrong>` by ``tf_ratio``, and ``ss_weight`` times
+    views, ``kd_weight`` and ``tf_weight`` times ``T^2 KL`` of the plain and of the transformed
+    views at ``temperature``, the latter over those in which the teacher is
+    :func:`kdkernels.functional.least_wrong` by ``tf_ratio``, and ``ss_weight`` times
     :func:`kdkernels.functional.sskd_similarity` with ``ss_temperature`` and ``ss_ratio``. Defaults
     are the authors'.
     """

@@ -153,9 +153,11 @@ def embeddings(
     numbers, choices=(),
 ) -> Tensor:  # fmt: skip
     """The loss of embeddings (B, D) by one of the operators that take them."""
-    return features.call(
-        function, f"relation.{operator}", backend, (student, teacher), factor, numbers, choices
-    )
+    given = (student, teacher), factor, numbers, choices
+    if backend != "triton":
+        return features.call(function, f"relation.{operator}", backend, *given)
+    with torch.autocast(student.device.type, enabled=False):  # torch's products are in it
+        return features.call(function, f"relation.{operator}", backend, *given)
 
 
 def matched(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +36,18 @@ def _views(shape, generator, device, dtype):
     return _pair((4 * shape[0], shape[1]), generator, device, dtype)
 
 
-def _staged(number: int):
-    """Stages of half the size and twice the channels each, as those of a ResNet."""
+def _staged(number: int, stem: bool):
+    """Stages of half the size and twice the channels each, as those of a ResNet.
+
+    With its ``stem``, the first two are of one size.
+    """
 
     def make(shape, generator, device, dtype):
         rows, channels, height, width = shape
         tensors = {}
         for i in range(number):
-            size = rows, channels << i, max(height >> i, 1), max(width >> i, 1)
+            by = max(i - stem, 0)
+            size = rows, channels << i, max(height >> by, 1), max(width >> by, 1)
             for name, x in _maps(size, generator, device, dtype).items():
                 tensors[f"{name}_{i}" if i else name] = x
         return tensors
@@ -99,7 +104,7 @@ def _sp(student, teacher):
 
 def _fsp_matrices(maps):
     found = []
-    for low, high in zip(maps, maps[1:], strict=False):
+    for low, high in pairwise(maps):
         low, high = _pool(low, high)
         product = low.unsqueeze(2) * high.unsqueeze(1)
         found.append(product.view(*product.shape[:3], -1).mean(-1))
@@ -190,8 +195,10 @@ def _gram(student, teacher):
 
 
 def _right(x, number):
-    _, values, v = torch.svd(x if x.dtype == torch.float64 else x.float())
-    return F.normalize(values[:, :number], dim=1), F.normalize(v[:, :, :number], dim=1)
+    parts = torch.svd(x if x.dtype == torch.float64 else x.float())
+    parts = [torch.where(torch.isfinite(x), x, torch.zeros_like(x)) for x in parts]
+    _, values, v = (F.normalize(x[..., :number], dim=1) for x in parts)
+    return values, v
 
 
 def _kdsvd(student, teacher):
@@ -238,7 +245,7 @@ _LAST = {"resnet32x4_b64": (64, 256, 8, 8)}
 def _entry(name, operator, function, eager, *, make=_pair, small=(9, 12), shapes=None, **more):
     number = more.pop("number", 0)
     if number:  # several stages
-        make, eager = _staged(number), _on_stages(eager)
+        make, eager = _staged(number, number > 3), _on_stages(eager)
         function = _on_stages(function)
         students = tuple(f"student_{i}" for i in range(1, number))
         teachers = tuple(f"teacher_{i}" for i in range(1, number))

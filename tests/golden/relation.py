@@ -81,14 +81,17 @@ def _(x, h):
     kernel = h.kernel.split()[0]
     series = {"gamma": h.gamma, "order": h.max_p} if kernel == "gaussian" else {}
     reduction = "sum" if h.reduction == "none" else "mean"
-    return _of(kd.cc_loss, kernel=kernel, reduction=reduction, compat="torchdistill", **series)(x, h)
+    return _of(kd.cc_loss, kernel=kernel, reduction=reduction, compat="torchdistill", **series)(
+        x, h
+    )
 
 
 @adapter("cc_embed", "RepDistiller")
 def _(x, h):
     given = vars(x)
     embeddings = (
-        given[f"feat_{side}"] @ given[f"{side[0]}.linear.weight"].T + given[f"{side[0]}.linear.bias"]
+        given[f"feat_{side}"] @ given[f"{side[0]}.linear.weight"].T
+        + given[f"{side[0]}.linear.bias"]
         for side in ("student", "teacher")
     )
     return kdkernels.CCLoss(compat="repdistiller")(*embeddings)

@@ -69,8 +69,8 @@ def rkd_distance(
 
     The mean over all B^2 pairs of ``smooth_l1(d_ij^s / mu^s, d_ij^t / mu^t)``, where mu is the mean
     of the positive distances, which is differentiated too. As in the suites, ``d_ij`` of two
-    samples is at least 1e-6; there its gradient is 0. ``squared`` takes squared distances, which are
-    at least 1e-12.
+    samples is at least 1e-6; there its gradient is 0. ``squared`` takes squared distances, which
+    are at least 1e-12.
     """
     return _rkd("rkd_distance", student, teacher, (1.0, 0.0), squared, reduction, group, backend)
 
@@ -86,8 +86,8 @@ def rkd_angle(
     """The angles of relational KD (arXiv 1904.05068) of embeddings (B, D) and (B, D').
 
     The mean over all B^3 triples of ``smooth_l1(u_ij . u_ik)`` between student and teacher, with
-    ``u_ij`` the unit vector from sample i to j. Samples that coincide (a distance of less than 3e-7
-    of theirs from the centre) have ``u_ij = 0`` and no gradient from it, where the suites' explodes.
+    ``u_ij`` the unit vector from sample i to j. Samples that coincide (at less than 3e-7 of their
+    distances from the centre) have ``u_ij = 0`` and no gradient from it, where the suites' explodes.
     """
     return _rkd("rkd_angle", student, teacher, (0.0, 1.0), False, reduction, group, backend)
 
@@ -98,9 +98,7 @@ def _rkd(name, student, teacher, weights, squared, reduction, group, backend):
         for argument, value in zip(("distance_weight", "angle_weight"), weights, strict=True)
     ]
     choices = RKDChoices(checks.flag(name, "squared", squared))
-    student, teacher, backend = _prepare(
-        name, "rkd", student, teacher, reduction, group, backend
-    )
+    student, teacher, backend = _prepare(name, "rkd", student, teacher, reduction, group, backend)
     # A row's part in pairs over their number is about 1 / B, in triples as well.
     rows = max(student.shape[0], 1)
     if reduction == "mean":
@@ -126,7 +124,7 @@ def pkt_loss(
 
     With ``S = (x x' + 1) / 2`` of the rows ``x / (|x| + eps)`` and P = S with rows over their sums,
     the mean over all B^2 pairs of ``P^t log((P^t + eps) / (P^s + eps))``. torchdistill's ``eps`` is
-    1e-6. A row of zeros has the gradient of the formula, which is ``1 / eps`` times its direction's.
+    1e-6. A row of zeros has the gradient of the formula, ``1 / eps`` times its direction's.
     """
     name = "pkt_loss"
     eps = checks.number(name, "eps", eps)

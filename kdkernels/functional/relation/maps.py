@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,9 +50,7 @@ def sp_loss(
         ``"torchdistill"``: rows are divided by their L1 norms.
     """
     name = "sp_loss"
-    checks.choice(
-        name, "compat", compat, ("paper", "mdistiller", "repdistiller", "torchdistill")
-    )
+    checks.choice(name, "compat", compat, ("paper", "mdistiller", "repdistiller", "torchdistill"))
     checks.choice(name, "reduction", reduction, REDUCTIONS)
     choices = GramChoices(norm=1 if compat == "torchdistill" else 2, symmetric=True)
     loss = 0.0
@@ -171,7 +170,7 @@ def fsp_loss(
         pair(name, s, t, shape="(B, C, H, W)", same=(0, 1))
     by_column = compat == "torchdistill"
     loss = 0.0
-    for (s_low, t_low), (s_high, t_high) in zip(given, given[1:], strict=False):
+    for (s_low, t_low), (s_high, t_high) in pairwise(given):
         chosen = backends.select("relation.gram_match", s_low.device.type, backend, name)
         tensors, scales = [], []
         for low, high in ((s_low, s_high), (t_low, t_high)):

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gram matrices of embeddings in fp64, and the products that give gradients. A batch of 64 and 256
-// numbers each is 0.5 M multiplications a side, for which a library's call costs as much again. A
-// row's entries are sums in one order wherever it is: coincident rows have exactly equal entries.
+// Gram matrices of embeddings, and the products that give gradients: in fp64, or in fp32 where no
+// distances are made of them. A batch of 64 and 256 numbers each is 0.5 M multiplications a side, for
+// which a library's call costs as much again. A row's entries are sums in one order wherever it is:
+// coincident rows have exactly equal entries.
 // Included inside an ISA level's namespace.
 
-constexpr int lanes = Lanes<vd>::count, panel = 2 * lanes, tile_rows = lanes;
+constexpr int lanes = Lanes<vd>::count;
 
 KD_FN vd square_root(vd x) {
 #if KD_BYTES == 64
@@ -22,20 +23,26 @@ KD_FN vl counting() {
   return index;
 }
 
+constexpr int tile_rows = KD_BYTES / 8;
+template <class S>
+constexpr int panel = 2 * Lanes<typename VectorOf<S>::V>::count;
+
 // C (tile_rows, panel) = A B with A(r, k) at a + r a_row + k a_step, B (depth, panel) contiguous.
-KD_FN void tile_product(int64_t depth, const double* a, int64_t a_row, int64_t a_step,
-                        const double* b, double* c) {
-  vd sums[tile_rows][2] = {};
-  for (int64_t k = 0; k < depth; k++, a += a_step, b += panel) {
-    const vd left = load<vd>(b), right = load<vd>(b + lanes);
+template <class S>
+KD_FN void tile_product(int64_t depth, const S* a, int64_t a_row, int64_t a_step, const S* b, S* c) {
+  using V = typename VectorOf<S>::V;
+  constexpr int width = Lanes<V>::count;
+  V sums[tile_rows][2] = {};
+  for (int64_t k = 0; k < depth; k++, a += a_step, b += panel<S>) {
+    const V left = load<V>(b), right = load<V>(b + width);
     for (int r = 0; r < tile_rows; r++) {
       sums[r][0] += left * a[r * a_row];
       sums[r][1] += right * a[r * a_row];
     }
   }
   for (int r = 0; r < tile_rows; r++) {
-    store(c + r * panel, sums[r][0]);
-    store(c + r * panel + lanes, sums[r][1]);
+    store(c + r * panel<S>, sums[r][0]);
+    store(c + r * panel<S> + width, sums[r][1]);
   }
 }
 
@@ -56,69 +63,77 @@ inline void centre(const Relation& p, const Embeddings& x, int64_t block) {
 }
 
 // `relation_rows` rows, column by column in panels.
-inline void pack(const Relation& p, const Embeddings& x, int64_t group) {
-  double scratch[panel][relation_columns];
-  const double* rows[panel];
-  for (int64_t i = group * relation_rows; i < (group + 1) * relation_rows; i += panel)
+template <class S>
+void pack(const Relation& p, const Embeddings& x, int64_t group) {
+  constexpr int wide = panel<S>;
+  S scratch[wide][relation_columns];
+  const S* rows[wide];
+  for (int64_t i = group * relation_rows; i < (group + 1) * relation_rows; i += wide)
     for (int64_t first = 0; first < x.width; first += relation_columns) {
       const int n = columns_of(x, first);
-      for (int r = 0; r < panel; r++) {
+      for (int r = 0; r < wide; r++) {
         rows[r] = scratch[r];
         if (i + r < p.rows)
-          rows[r] = RowReader<double>{x.x, row_offset(x.x, i + r)}.get(first, n, scratch[r]);
+          rows[r] = RowReader<S>{x.x, row_offset(x.x, i + r)}.get(first, n, scratch[r]);
         else __builtin_memset(scratch[r], 0, sizeof scratch[r]);
       }
-      double* to = p.panels + i * x.width + first * panel;
-      for (int d = 0; d < n; d++, to += panel)
-        for (int r = 0; r < panel; r++) to[r] = rows[r][d];
+      S* to = (S*)p.panels + i * x.width + first * wide;
+      for (int d = 0; d < n; d++, to += wide)
+        for (int r = 0; r < wide; r++) to[r] = rows[r][d];
       if (!x.mean) continue;
-      to -= n * panel;
-      for (int r = 0; r < panel && i + r < p.rows; r++)
-        for (int d = 0; d < n; d++) to[d * panel + r] -= x.mean[first + d];
+      to -= n * wide;
+      for (int r = 0; r < wide && i + r < p.rows; r++)
+        for (int d = 0; d < n; d++) to[d * wide + r] -= S(x.mean[first + d]);
     }
 }
 
 // The rows of a group up to the diagonal, and their mirror images.
-inline void gram_rows(const Relation& p, const Embeddings& x, int64_t group) {
-  alignas(64) double tile[tile_rows * panel];
+template <class S>
+void gram_rows(const Relation& p, const Embeddings& x, int64_t group) {
+  constexpr int wide = panel<S>;
+  alignas(64) S tile[tile_rows * wide];
+  const S* const panels = (const S*)p.panels;
   const int64_t end = (group + 1) * relation_rows, size = p.padded;
   for (int64_t i = group * relation_rows; i < end; i += tile_rows) {
-    const double* a = p.panels + i / panel * panel * x.width + i % panel;
-    for (int64_t j = 0; j < i + tile_rows; j += panel) {
-      tile_product(x.width, a, 1, panel, p.panels + j * x.width, tile);
+    const S* a = panels + i / wide * wide * x.width + i % wide;
+    for (int64_t j = 0; j < i + tile_rows; j += wide) {
+      tile_product(x.width, a, 1, wide, panels + j * x.width, tile);
       for (int r = 0; r < tile_rows; r++)
-        for (int c = 0; c < panel && j + c <= i + r; c++)
-          x.gram[(i + r) * size + j + c] = x.gram[(j + c) * size + i + r] = tile[r * panel + c];
+        for (int c = 0; c < wide && j + c <= i + r; c++)
+          x.gram[(i + r) * size + j + c] = x.gram[(j + c) * size + i + r] = tile[r * wide + c];
     }
   }
 }
 
 // A block of columns of edges X.
-inline void gradient(const Relation& p, const Embeddings& x, int64_t block) {
-  constexpr int most = relation_columns / panel;
+template <class S>
+void gradient(const Relation& p, const Embeddings& x, int64_t block) {
+  constexpr int wide = panel<S>, most = relation_columns / wide;
   const int64_t first = block * relation_columns, size = p.padded;
-  const int n = columns_of(x, first), strips = (n + panel - 1) / panel;
-  char* memory = (char*)__builtin_malloc(strips * size * panel * sizeof(double) + 64);
-  double* strip = (double*)(memory + (64 - (uintptr_t)memory % 64));
-  alignas(64) double scratch[relation_columns] = {}, mean[relation_columns] = {};
-  for (int d = 0; x.mean && d < n; d++) mean[d] = x.mean[first + d];
+  const int n = columns_of(x, first), strips = (n + wide - 1) / wide;
+  char* memory = (char*)__builtin_malloc((strips * wide + tile_rows) * size * sizeof(S) + 64);
+  S* const strip = (S*)(memory + (64 - (uintptr_t)memory % 64));
+  S* const edges = strip + strips * wide * size;  // of a tile's rows
+  alignas(64) S scratch[relation_columns] = {}, mean[relation_columns] = {};
+  for (int d = 0; x.mean && d < n; d++) mean[d] = S(x.mean[first + d]);
   for (int64_t k = 0; k < size; k++) {
-    const double* row = scratch;
-    if (k < p.rows) row = RowReader<double>{x.x, row_offset(x.x, k)}.get(first, n, scratch);
-    if (row != scratch) __builtin_memcpy(scratch, row, n * sizeof(double));
+    const S* row = scratch;
+    if (k < p.rows) row = RowReader<S>{x.x, row_offset(x.x, k)}.get(first, n, scratch);
+    if (row != scratch) __builtin_memcpy(scratch, row, n * sizeof(S));
     for (int s = 0; s < strips; s++)
-      for (int c = 0; c < panel; c++)
-        strip[(s * size + k) * panel + c] = scratch[s * panel + c] - mean[s * panel + c];
+      for (int c = 0; c < wide; c++)
+        strip[(s * size + k) * wide + c] = scratch[s * wide + c] - mean[s * wide + c];
   }
-  alignas(64) double tiles[most][tile_rows * panel];
+  alignas(64) S tiles[most][tile_rows * wide];
+  const S factor = S(x.factor);
   for (int64_t j = 0; j < p.rows; j += tile_rows) {
+    for (int64_t k = 0; k < tile_rows * size; k++) edges[k] = S(x.edges[j * size + k]);
     for (int s = 0; s < strips; s++)
-      tile_product(size, x.edges + j * size, size, 1, strip + s * size * panel, tiles[s]);
+      tile_product(size, edges, size, 1, strip + s * size * wide, tiles[s]);
     for (int r = 0; r < tile_rows && j + r < p.rows; r++) {
       for (int s = 0; s < strips; s++)
-        for (int c = 0; c < panel; c++)
-          scratch[s * panel + c] = x.factor * tiles[s][r * panel + c];
-      RowWriter<double>(x.grad, j + r, true).flush(first, n, scratch);
+        for (int c = 0; c < wide; c++) scratch[s * wide + c] = factor * tiles[s][r * wide + c];
+      RowWriter<S>(x.grad, j + r, true).flush(first, n, scratch);
     }
   }
   __builtin_free(memory);

@@ -23,8 +23,8 @@ void relation(const Relation& p, RelationStep step, int side, int64_t begin, int
   const Embeddings& x = p.side[side];
   for (int64_t i = begin; i < end; i++) switch (step) {
       case RelationStep::centre: centre(p, x, i); break;
-      case RelationStep::pack: pack(p, x, i); break;
-      case RelationStep::gram: gram_rows(p, x, i); break;
+      case RelationStep::pack: p.single ? pack<float>(p, x, i) : pack<double>(p, x, i); break;
+      case RelationStep::gram: p.single ? gram_rows<float>(p, x, i) : gram_rows<double>(p, x, i); break;
       case RelationStep::rkd_lengths: rkd_lengths(p, i); break;
       case RelationStep::rkd_pairs: rkd_pairs(p, i); break;
       case RelationStep::rkd_triples: rkd_triples(p, x, p.side[1 - side], 2 * i); break;
@@ -34,7 +34,7 @@ void relation(const Relation& p, RelationStep step, int side, int64_t begin, int
       case RelationStep::pkt_edges: side ? pkt_edges<1>(p, i) : pkt_edges<0>(p, i); break;
       case RelationStep::polynomial_rows: polynomial_rows(p, i); break;
       case RelationStep::polynomial_edges: polynomial_edges(p, side, i); break;
-      case RelationStep::gradient: gradient(p, x, i); break;
+      case RelationStep::gradient: p.single ? gradient<float>(p, x, i) : gradient<double>(p, x, i); break;
     }
 }
 void gram_match(const GramMatch& p, int64_t begin, int64_t end) {
