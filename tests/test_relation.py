@@ -146,6 +146,21 @@ def test_relation_nst_sizes(channels, backend):
     assert_as_reference(kd.nst_loss, maps, backend)
 
 
+@pytest.mark.parametrize("name", ["rkd", "pkt", "polynomial", "neighbours", "gram_match"])
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="_C_cpu is not built")
+def test_operators(name):
+    numbers = {"rkd": [1.0, 2.0], "pkt": [1e-7], "polynomial": [0.0, 1.0]}.get(name, [])
+    for dtype in (torch.float32, torch.float16) if name != "gram_match" else (torch.float32,):
+        x = torch.randn((2, 4, 4) if name == "gram_match" else (5, 4)).to(dtype)
+        operator = getattr(torch.ops.kdkernels, name).default
+        for grads in range(4):
+            torch.library.opcheck(operator, (x, x + 1, 0.5, numbers, [], grads))
+    if name == "gram_match":
+        gram = torch.eye(3).repeat(2, 1, 1)
+        given = gram, gram, gram, 0.5, [1.0, 1.0], [], 7
+        torch.library.opcheck(torch.ops.kdkernels.nst_grams.default, given)
+
+
 def test_kdsvd_of_equal_singular_values():
     """The suites' gradient is not finite; ours is, and 0 where there is nothing to turn."""
     teacher = [torch.randn(2, 6, 4, 4, dtype=torch.float64) for _ in range(2)]

@@ -346,3 +346,21 @@ def test_row_attention(target, dtype, classes, tmp_path):
         (row_attention.arrive_kernel, {"upstream": x, "arriving": x}),
     ):
         assert_in_registers(compiled(kernel, given | rest, target), target, tmp_path)
+@pytest.mark.parametrize("target", TARGETS)
+def test_relation(target, tmp_path):
+    from kdkernels.triton import relation, relation_kernels
+
+    gram = torch.empty(64, 64, dtype=torch.float64)
+    turns, edges = relation.rkd_launches((gram, gram), (gram, gram), 64)
+    launches = [
+        (relation_kernels.rkd_turns_kernel, turns),
+        (relation_kernels.rkd_edges_kernel, edges),
+    ]
+    for side in (0, 1):
+        of_rows, of_edges = relation.pkt_launches((gram, gram), 1e-7, side)
+        launches += (
+            (relation_kernels.pkt_rows_kernel, of_rows),
+            (relation_kernels.pkt_edges_kernel, of_edges),
+        )
+    for kernel, launch in launches:
+        assert_in_registers(compiled(kernel, launch, target), target, tmp_path)

@@ -49,8 +49,8 @@ def rkd_loss(
 
     ``distance_weight`` times :func:`rkd_distance` plus ``angle_weight`` times :func:`rkd_angle`, in
     one pass over pairs and triples of samples. Distances and angles come from one B x B Gram matrix
-    of the centred embeddings in fp64, and nothing of size B^3 is stored. ``squared`` as there. The defaults are
-    mdistiller's and RepDistiller's; torchdistill's are 1 and 2.
+    of the centred embeddings in fp64, and nothing of size B^3 is stored. ``squared`` is that of
+    distances. The default weights are mdistiller's and RepDistiller's; torchdistill's are 1 and 2.
     """
     weights = distance_weight, angle_weight
     return _rkd("rkd_loss", student, teacher, weights, squared, reduction, group, backend)
@@ -86,8 +86,8 @@ def rkd_angle(
     """The angles of relational KD (arXiv 1904.05068) of embeddings (B, D) and (B, D').
 
     The mean over all B^3 triples of ``smooth_l1(u_ij . u_ik)`` between student and teacher, with
-    ``u_ij`` the unit vector from sample i to j. Samples that coincide (at less than 3e-7 of their
-    distances from the centre) have ``u_ij = 0`` and no gradient from it, where the suites' explodes.
+    ``u_ij`` the unit vector from sample i to j. Samples that coincide (at under 3e-7 of their
+    distances from the centre) have ``u_ij = 0`` and no gradient from it; the suites' explodes.
     """
     return _rkd("rkd_angle", student, teacher, (0.0, 1.0), False, reduction, group, backend)
 

@@ -25,10 +25,11 @@ def kdsvd_loss(
 
     Each stage is a matrix, of which the teacher's first ``k`` right singular vectors are taken,
     times their singular values (over their norm), and for each of them that of the student's first
-    ``k + 3`` which is nearest, with its sign. Of consecutive stages, ``r = exp(-(v_i - v_j)^2 / 8)``
-    over all pairs of entries; the loss is the sum of ``(r^s - r^t)^2`` over B. The teacher has no
-    gradient, as published; that of the student is finite for maps of zeros and for equal singular
-    values, where the suites' is not. The teacher's signs are those of torch's decomposition.
+    ``k + 3`` which is nearest, with its sign. With ``r = exp(-(v_i - v_j)^2 / 8)`` over all pairs
+    of entries of consecutive stages' vectors, the loss is the sum of ``(r^s - r^t)^2`` over B. The
+    teacher has no gradient, as published; that of the student is finite for maps of zeros and for
+    equal singular values, where the suites' is not. The teacher's signs are those of torch's
+    decomposition.
 
     compat:
         ``"paper"`` (also ``"repdistiller"``): a matrix's rows are positions, its columns channels.
