@@ -346,6 +346,8 @@ def test_row_attention(target, dtype, classes, tmp_path):
         (row_attention.arrive_kernel, {"upstream": x, "arriving": x}),
     ):
         assert_in_registers(compiled(kernel, given | rest, target), target, tmp_path)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_relation(target, tmp_path):
     from kdkernels.triton import relation, relation_kernels
