@@ -14,40 +14,6 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
-    "ABLoss",
-    "ATSLoss",
-    "CCLoss",
-    "DISTLoss",
-    "DKDLoss",
-    "DivergenceLoss",
-    "FSPLoss",
-    "FitNetLoss",
-    "GramLoss",
-    "ICKDLoss",
-    "JSDivLoss",
-    "KDLoss",
-    "KDSVDLoss",
-    "LearningSimplifier",
-    "MGDLoss",
-    "MLKDLoss",
-    "MasKDLoss",
-    "MultiTeacherKLDivLoss",
-    "NKDLoss",
-    "NSTLoss",
-    "OFDLoss",
-    "PKTLoss",
-    "PLDLoss",
-    "RKDLoss",
-    "ReceptiveTokens",
-    "ReverseKLDivLoss",
-    "SPLoss",
-    "SSKDLoss",
-    "SoftKLDivLoss",
-    "StudentFriendlyKDLoss",
-    "TVDistanceLoss",
-    "TopKDivergenceLoss",
-    "VIDLoss",
-    "WSLDLoss",
     "backends",
     "check",
     "dropin",
@@ -71,53 +37,19 @@ if TYPE_CHECKING:
     from kdkernels import backends, dropin, functional, modules, numpy, testing
     from kdkernels.backends import get_backend, set_backend
     from kdkernels.diagnostics import check, info
-    from kdkernels.modules import (
-        ABLoss,
-        ATSLoss,
-        CCLoss,
-        DISTLoss,
-        DivergenceLoss,
-        DKDLoss,
-        FitNetLoss,
-        FSPLoss,
-        GramLoss,
-        ICKDLoss,
-        JSDivLoss,
-        KDLoss,
-        KDSVDLoss,
-        LearningSimplifier,
-        MasKDLoss,
-        MGDLoss,
-        MLKDLoss,
-        MultiTeacherKLDivLoss,
-        NKDLoss,
-        NSTLoss,
-        OFDLoss,
-        PKTLoss,
-        PLDLoss,
-        ReceptiveTokens,
-        ReverseKLDivLoss,
-        RKDLoss,
-        SoftKLDivLoss,
-        SPLoss,
-        SSKDLoss,
-        StudentFriendlyKDLoss,
-        TopKDivergenceLoss,
-        TVDistanceLoss,
-        VIDLoss,
-        WSLDLoss,
-    )
+    from kdkernels.modules import *
 
 
 def __getattr__(name: str):
     if name in _SUBMODULES:
         return importlib.import_module(f"kdkernels.{name}")
-    if name in __all__:  # the modules of the losses, unless listed elsewhere
-        value = getattr(importlib.import_module(f"kdkernels.{_HOMES.get(name, 'modules')}"), name)
-        globals()[name] = value
-        return value
+    if name in _HOMES or name[0].isupper():  # the losses' modules, and nothing that needs no torch
+        home = importlib.import_module(f"kdkernels.{_HOMES.get(name, 'modules')}")
+        if name in _HOMES or name in home.__all__:
+            globals()[name] = getattr(home, name)
+            return globals()[name]
     raise AttributeError(f"module 'kdkernels' has no attribute {name!r}")
 
 
 def __dir__():
-    return __all__
+    return [*__all__, *importlib.import_module("kdkernels.modules").__all__]

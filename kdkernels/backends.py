@@ -26,6 +26,7 @@ AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 # is warned of.
 COMPOSITE = {
     "maps.pkd_loss": "composite by design: batch statistics of every channel, torch's own",
+    "embeddings": "composite by design: D numbers a row, beside the D x D product that made them",
     "listwise": "composite by design: a sort of every row, beside which the rest is small",
     "relation.kdsvd_loss": "composite by design: a decomposition of every map, beside which the "
     "rest is small",

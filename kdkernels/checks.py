@@ -21,6 +21,7 @@ __all__ = [
     "flag",
     "floats",
     "group",
+    "indices",
     "inplace",
     "integer",
     "labels",
@@ -124,6 +125,17 @@ def integer(name: str, argument: str, value) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: {argument} must be an integer, got {value!r}.")
     return value
+
+
+def indices(name: str, argument: str, value: torch.Tensor, size: int) -> None:
+    """Integers in [0, size)."""
+    if _readable(value) and value.numel():
+        low, high = value.aminmax()
+        if not (0 <= low and high < size):
+            raise ValueError(
+                f"{name}: {argument} must be in [0, {size}), got "
+                f"{(low if low < 0 else high).item()}."
+            )
 
 
 def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype):

@@ -34,6 +34,27 @@ class _GatherRows(torch.autograd.Function):
         return upstream.narrow(0, ctx.start, ctx.size) * ctx.ranks, None, None
 
 
+class _SumRanks(torch.autograd.Function):
+    """The sum of all ranks' numbers, for losses that are sums over samples; see _GatherRows."""
+
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.ranks = dist.get_world_size(group)
+        total = value.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * ctx.ranks, None
+
+
+@torch.compiler.disable
+def sum_ranks(group: dist.ProcessGroup, value: Tensor) -> Tensor:
+    """The sum of ``value`` over the ranks of ``group``, on each. Differentiable, see the module."""
+    return _SumRanks.apply(value, group)
+
+
 def _all_gather(tensor: Tensor, group, sizes: list[int]) -> Tensor:
     # As bytes, which every backend can send; padded to the largest rank, as collectives demand.
     width = math.prod(tensor.shape[1:]) * tensor.element_size()

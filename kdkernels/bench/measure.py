@@ -40,7 +40,9 @@ def make_inputs(loss: Loss, shape, dtype: torch.dtype, device: str, seed: int = 
 
     The registry draws on the CPU in fp64, which at GPU sizes would outlast the measurement.
     """
-    rows = min(shape[0], max(RANDOM_ELEMENTS // math.prod(shape[1:]), 1))
+    rows = shape[0]
+    if loss.rows_repeat:
+        rows = min(rows, max(RANDOM_ELEMENTS // math.prod(shape[1:]), 1))
     inputs = loss.inputs(rows, *shape[1:], dtype=dtype, device=device, seed=seed)
     if rows < shape[0]:
         index = torch.arange(shape[0], device=device) % rows

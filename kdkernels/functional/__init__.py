@@ -1,103 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The losses as functions, one module per family."""
 
-from kdkernels.functional.attention import learning_simplifier
-from kdkernels.functional.batchwise import dist_loss, mlkd_loss
-from kdkernels.functional.ensemble import multi_teacher_kl_div
-from kdkernels.functional.listwise import pld_loss
-from kdkernels.functional.maps import (
-    ab_loss,
-    attention_transfer,
-    cwd_loss,
-    fitnet_loss,
-    ft_loss,
-    hcl_loss,
-    l2_loss,
-    maskd_dice,
-    maskd_loss,
-    masked_mse,
-    mgd_loss,
-    ofd_loss,
-    ofd_margin,
-    pkd_loss,
-    random_mask,
-    receptive_masks,
-    vid_loss,
+from kdkernels.functional import (
+    attention,
+    batchwise,
+    contrast,
+    embeddings,
+    ensemble,
+    listwise,
+    maps,
+    relation,
+    rowwise,
+    sparse,
 )
-from kdkernels.functional.relation import (
-    cc_loss,
-    fsp_loss,
-    gram_loss,
-    ickd_loss,
-    kdsvd_loss,
-    least_wrong,
-    nst_loss,
-    pkt_loss,
-    rkd_angle,
-    rkd_distance,
-    rkd_loss,
-    sp_loss,
-    sskd_similarity,
-)
-from kdkernels.functional.rowwise import (
-    ats_loss,
-    divergence,
-    dkd_loss,
-    js_div,
-    kd_loss,
-    kl_div,
-    nkd_loss,
-    reverse_kl_div,
-    tv_distance,
-    wsld_loss,
-)
-from kdkernels.functional.sparse import topk_divergence
+from kdkernels.functional.attention import *
+from kdkernels.functional.batchwise import *
+from kdkernels.functional.contrast import *
+from kdkernels.functional.embeddings import *
+from kdkernels.functional.ensemble import *
+from kdkernels.functional.listwise import *
+from kdkernels.functional.maps import *
+from kdkernels.functional.relation import *
+from kdkernels.functional.rowwise import *
+from kdkernels.functional.sparse import *
 
 __all__ = [
-    "ab_loss",
-    "ats_loss",
-    "attention_transfer",
-    "cc_loss",
-    "cwd_loss",
-    "dist_loss",
-    "divergence",
-    "dkd_loss",
-    "fitnet_loss",
-    "fsp_loss",
-    "ft_loss",
-    "gram_loss",
-    "hcl_loss",
-    "ickd_loss",
-    "js_div",
-    "kd_loss",
-    "kdsvd_loss",
-    "kl_div",
-    "l2_loss",
-    "learning_simplifier",
-    "least_wrong",
-    "maskd_dice",
-    "maskd_loss",
-    "masked_mse",
-    "mgd_loss",
-    "mlkd_loss",
-    "multi_teacher_kl_div",
-    "nkd_loss",
-    "nst_loss",
-    "ofd_loss",
-    "ofd_margin",
-    "pkd_loss",
-    "pkt_loss",
-    "pld_loss",
-    "random_mask",
-    "receptive_masks",
-    "reverse_kl_div",
-    "rkd_angle",
-    "rkd_distance",
-    "rkd_loss",
-    "sp_loss",
-    "sskd_similarity",
-    "topk_divergence",
-    "tv_distance",
-    "vid_loss",
-    "wsld_loss",
+    *attention.__all__,
+    *batchwise.__all__,
+    *contrast.__all__,
+    *embeddings.__all__,
+    *ensemble.__all__,
+    *listwise.__all__,
+    *maps.__all__,
+    *relation.__all__,
+    *rowwise.__all__,
+    *sparse.__all__,
 ]

@@ -11,6 +11,9 @@ from kdkernels import backends, checks, ops, reference
 from kdkernels.distributed import gather_rows
 from kdkernels.reference.attention import softened
 
+__all__ = ["learning_simplifier"]
+
+
 TOKENS = ("class", "batch")
 
 

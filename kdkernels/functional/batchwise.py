@@ -49,6 +49,8 @@ from kdkernels.ops.rowwise import compute_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+__all__ = ["dist_loss", "mlkd_loss"]
+
 
 def dist_loss(
     student: Tensor,

@@ -18,6 +18,8 @@ from kdkernels.ops.ensemble import compute_dtype
 from kdkernels.reference.ensemble import okddip
 from kdkernels.reference.rowwise.target import standardized
 
+__all__ = ["multi_teacher_kl_div"]
+
 
 def multi_teacher_kl_div(
     student: Tensor,

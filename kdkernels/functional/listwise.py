@@ -9,6 +9,8 @@ from kdkernels import checks, reference
 from kdkernels.functional.rows import prepare
 from kdkernels.ops.rowwise import compute_dtype
 
+__all__ = ["pld_loss"]
+
 
 def pld_loss(
     student: Tensor,

@@ -10,6 +10,9 @@ from kdkernels.divergences import KINDS, MISSING, TopKChoices, TopKNumbers
 from kdkernels.functional.rows import prepare
 from kdkernels.ops.rowwise import compute_dtype
 
+__all__ = ["topk_divergence"]
+
+
 _KINDS = ("forward_kl", "reverse_kl", "js", "tv")
 
 

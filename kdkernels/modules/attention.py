@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from kdkernels import backends, checks, functional
 
+__all__ = ["LearningSimplifier", "StudentFriendlyKDLoss"]
+
+
 _HELD = tuple(inspect.signature(functional.learning_simplifier).parameters)[1:]
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from kdkernels import backends, checks, functional
 from kdkernels.modules.base import LossModule
 
+__all__ = ["DISTLoss", "MLKDLoss"]
+
 
 class BatchwiseLoss(LossModule):
     """Base of the batchwise modules: logits in, loss out."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from kdkernels import backends, checks, functional
 from kdkernels.modules.base import LossModule
 
+__all__ = ["MultiTeacherKLDivLoss"]
+
 
 class MultiTeacherKLDivLoss(LossModule, function=functional.multi_teacher_kl_div):
     """KL of several teachers: :func:`kdkernels.functional.multi_teacher_kl_div`.

@@ -9,6 +9,19 @@ from torch import Tensor, nn
 from kdkernels import backends, checks, functional
 from kdkernels.modules.base import LossModule
 
+__all__ = [
+    "CCLoss",
+    "FSPLoss",
+    "GramLoss",
+    "ICKDLoss",
+    "KDSVDLoss",
+    "NSTLoss",
+    "PKTLoss",
+    "RKDLoss",
+    "SPLoss",
+    "SSKDLoss",
+]
+
 
 class RelationLoss(LossModule):
     """Base of these modules: features in, loss out."""

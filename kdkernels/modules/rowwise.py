@@ -9,6 +9,19 @@ from torch import Tensor
 from kdkernels import backends, checks, functional
 from kdkernels.modules.base import LossModule
 
+__all__ = [
+    "ATSLoss",
+    "DKDLoss",
+    "DivergenceLoss",
+    "JSDivLoss",
+    "KDLoss",
+    "NKDLoss",
+    "ReverseKLDivLoss",
+    "SoftKLDivLoss",
+    "TVDistanceLoss",
+    "WSLDLoss",
+]
+
 
 class RowwiseLoss(LossModule):
     """Base of the rowwise modules: logits in, loss out."""

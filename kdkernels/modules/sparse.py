@@ -9,6 +9,8 @@ from torch import Tensor
 from kdkernels import backends, checks, functional
 from kdkernels.modules.base import LossModule
 
+__all__ = ["TopKDivergenceLoss"]
+
 
 class TopKDivergenceLoss(LossModule, function=functional.topk_divergence):
     """Divergence from a top-k teacher: :func:`kdkernels.functional.topk_divergence`."""

@@ -62,7 +62,20 @@ def triton_verdict(family: str, device_type: str) -> tuple[bool, str]:
 
 
 # These define the schemas that the binaries implement.
-from kdkernels.ops import attention, batchwise, ensemble, maps, relation, rowwise, sparse  # noqa: E402, F401
+from kdkernels.ops import (  # noqa: E402
+    attention,
+    batchwise,
+    contrast,
+    ensemble,
+    maps,
+    relation,
+    rowwise,
+    sparse,
+)
+
+__all__ = [
+    "attention", "batchwise", "contrast", "ensemble", "maps", "relation", "rowwise", "sparse",
+]  # fmt: skip
 
 _load("_C_cpu")
 _load("_C_cuda")

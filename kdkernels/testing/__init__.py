@@ -15,6 +15,8 @@ from __future__ import annotations
 from kdkernels.testing import (
     attention,
     batchwise,
+    contrast,
+    embeddings,
     ensemble,
     listwise,
     maps,
@@ -54,5 +56,7 @@ _FAMILIES = (
     batchwise,
     maps,
     relation,
+    contrast,
+    embeddings,
 )
 LOSSES: dict[str, Loss] = {loss.name: loss for family in _FAMILIES for loss in family.LOSSES}

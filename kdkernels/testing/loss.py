@@ -52,6 +52,8 @@ class Loss:
     others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     # Plain torch holds C numbers for every logit.
     pairwise: bool = False
+    # In large inputs of the benchmarks, rows may repeat.
+    rows_repeat: bool = True
 
     def inputs(
         self,

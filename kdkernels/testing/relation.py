@@ -252,8 +252,8 @@ def _entry(name, operator, function, eager, *, make=_pair, small=(9, 12), shapes
         more = {"learned": students, "differentiable": (*_BOTH, *students, *teachers)} | more
     return Loss(
         name=name, family=f"relation.{operator}", function=function, eager=eager, make=make,
-        small=small, shapes=shapes or _EMBEDDINGS, make_optional=_no_options, by_row=False, features=True,
-        divergence=False, **{"differentiable": _BOTH} | more,
+        small=small, shapes=shapes or _EMBEDDINGS, make_optional=_no_options, by_row=False,
+        features=True,        divergence=False, **{"differentiable": _BOTH} | more,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 #pragma once
 #include "../batchwise.h"
 #include "../attention.h"
+#include "../contrast.h"
 #include "../ensemble.h"
 #include "../maps.h"
 #include "../product.h"
@@ -31,6 +32,7 @@ namespace kd {
   X(gram_match, (const GramMatch&, int64_t begin, int64_t end))                          \
   X(nst_grams, (const NSTGrams&, int64_t begin, int64_t end))                            \
   X(neighbour_columns, (const Neighbours&, int64_t begin, int64_t end))                  \
+  X(crd, (const CrdParams&, int64_t begin, int64_t end))                                 \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))          \
   X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))       \
   X(row_attention, (const RowAttention&, RowStep, int64_t begin, int64_t end))           \

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one call of the contrast family is given.
+#pragma once
+#include "rows.h"
+
+namespace kd {
+
+// Their fields, in order, are those of CrdNumbers in kdkernels/ops/contrast.py.
+struct CrdNumbers {
+  double temperature = 0.07, eps = 1e-7;
+};
+
+// One side's embeddings, scored against the other side's bank. All are contiguous, of the type
+// accumulated in.
+struct CrdSide {
+  const void* anchor = nullptr;  // (B, D)
+  const void* bank = nullptr;    // (n, D)
+  double normalizer = 1;         // Z
+  void* grad = nullptr;          // (B, D) or null
+};
+
+struct CrdParams : CrdNumbers {
+  int64_t samples = 0, dim = 0, negatives = 0, bank_rows = 0;
+  bool in_double = false;
+  double factor = 1;                 // of the loss, and so of the gradients
+  CrdSide side[2];                   // the student's, the teacher's
+  const int64_t* index = nullptr;    // (B,)
+  const int64_t* negative = nullptr; // (B, K)
+  int64_t negative_stride = 0;       // between samples
+
+  int32_t* sorted = nullptr;         // (B, K): scratch, the negatives by tile of the bank
+  int32_t* starts = nullptr;         // (B, tiles + 1): scratch, where each tile's begin
+  double* sums = nullptr;            // (B, padded D): scratch
+  double* loss = nullptr;            // (2, B), without `factor`
+  uint8_t* fault = nullptr;          // (B,): 1 where an index is not in the bank
+};
+
+// Rows of the bank are visited tile by tile, a tile being what L1 almost holds, if a batch wants a
+// row several times; else a tile is the whole bank. By the shape alone, on which the order of sums
+// depends.
+static inline int crd_tile_bits(const CrdParams& p) {
+  constexpr int64_t tile_bytes = 1 << 16, uses = 4;
+  if (p.samples * p.negatives < uses * p.bank_rows) return 31;
+  const int64_t row = p.dim * (p.in_double ? 8 : 4);
+  int bits = 0;
+  while ((row << (bits + 1)) <= tile_bytes) bits++;
+  return bits;
+}
+static inline int64_t crd_tiles(const CrdParams& p) {
+  return ((p.bank_rows - 1) >> crd_tile_bits(p)) + 1;
+}
+
+// Columns of `sums`: whole vectors of any level.
+static inline int64_t crd_padded(const CrdParams& p) { return (p.dim + 15) / 16 * 16; }
+
+}  // namespace kd
