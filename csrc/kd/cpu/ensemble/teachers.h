@@ -4,15 +4,23 @@
 template <class S>
 struct Teacher {
   const EnsembleTeacher* p;
-  S* exps;                           // exp(u_t) of one block
+  S *exps, *gaps;                    // exp(u_t) of one block, and that less exp(u_s)
+  S* buffer;                         // of its logits
+  const S* read;                     // those, in the buffer if they have to be converted
   double weight;
   Scalars<S> k;
-  S lowest, highest;                 // of u_t - u_s
-  double sum, excess;                // of exp(u_t); of exp(u_s) expm1(u_t - u_s)
+  S highest;                         // of u_t - u_s
+  // Sums of exp(u_t); and in fp32, with d = u_t - u_s, of exp(u_s) expm1(d), exact near 0. Of the
+  // last block: of exp(u_t) d, and of exp(u_s) (1 + exp(d) (d - 1)), exact near 0.
+  double sum, excess, dot, bend;
+  double delta, ratio;               // log of the sum over the student's; that less 1, if close
+  bool close;
   double value;                      // the weight's derivative: KL, or sum (p_m - p_s) log(q / p_s)
   double mass, centre;               // sum p, and sum p D / sum p: D is the derivative to p
   double slope_s, slope_t;           // sums of du (z - max), for the temperatures
   bool infinite;
+  const S* kept;                     // what `at_once` takes of the student's gradient
+  S share;
 
   const S* get(int64_t row, int64_t first, int n, S* scratch) const {
     return RowReader<S>{p->logits, row_offset(p->logits, row)}.get(first, n, scratch);
@@ -28,9 +36,9 @@ int64_t gather(const EnsembleParams& p, const Row<S>& r, Teacher<S>* to, S* exps
     if (weight == 0 && !p.weight_grads) continue;
     Teacher<S>& t = to[count];
     t.p = p.teachers + m, t.weight = weight, t.k = r.k;
-    t.exps = exps + block * count++;
-    t.lowest = t.highest = 0;
-    t.sum = t.excess = t.value = t.mass = t.centre = t.slope_s = t.slope_t = 0;
+    t.exps = exps + 3 * block * count++, t.gaps = t.exps + block, t.buffer = t.gaps + block;
+    t.highest = 0;
+    t.sum = t.dot = t.excess = t.bend = t.value = t.mass = t.centre = t.slope_s = t.slope_t = 0;
     t.infinite = false;
     t.k.max_t = floor_of<S>;
   }
@@ -43,43 +51,88 @@ void recentre(Teacher<S>& t, double sum_s, double fall_s, double fall_t) {
   const double shift = fall_t - fall_s, scale = __builtin_exp(fall_s);
   t.excess = scale * (t.excess * __builtin_exp(shift) + sum_s * __builtin_expm1(shift));
   t.sum *= __builtin_exp(fall_t);
-  t.lowest += (S)shift, t.highest += (S)shift;
+  t.highest += (S)shift;
 }
 
+// To prefetch: where `at` is in the row that follows, in another page, which hardware does not
+// foresee. Itself where it is a copy.
 template <class S>
-void measure(Teacher<S>& t, int64_t row, int64_t first, int n, const S* s, const S* exp_s,
-             double sum_s, double fall_s) {
+const S* next_row(const S* at, const S* copy, const Rows& rows) {
+  return at == copy ? at : at + rows.inner_stride;
+}
+
+// One block in fp32, with one exponential a class: that of a near one is the student's times
+// exp(d). Two sweeps, since one's chain of operations would be longer than what the processor has
+// in flight at a time.
+template <bool mixture, class Ratio>
+KD_FN void measure(Teacher<float>& t, int n, const float* z, const float* exp_s, float* ratios,
+                   const Ratio& ratio) {
+  using V = vf;
+  const Scalars<float> k = t.k;
+  float *exps = t.exps, *gaps = t.gaps, *powers = exps, *rests = gaps;
+  V sum_t{}, dot{}, excess{}, bend{}, high = all<V>(t.highest);
+  const float* next = next_row(z, t.buffer, t.p->logits);
+  sweep<V>(n, [&](int i, auto w) {
+    __builtin_prefetch(next + i, 0, 2);
+    const V zt = read_logits<V>(z + i, w), d = ratio(i, w, zt);
+    const V x = at_least(select(is_near(d), d, (zt - k.max_t) * k.inv_tt), all<V>(-88.f));
+    const V shifted = x * 1.44269504f + Lanes<V>::round;
+    high = at_least(d, high);
+    write<V>(ratios + i, w, d);
+    write<V>(powers + i, w, (V)(((vi)shifted << 23) + Lanes<V>::one));
+    write<V>(rests + i, w, x - (shifted - Lanes<V>::round) * 0.693147181f);
+  });
+  sweep<V>(n, [&](int i, auto w) {
+    const V d = read<V>(ratios + i, w, 0.f), e = read<V>(exp_s + i, w, 0.f);
+    const V f = read<V>(rests + i, w, 0.f), square = f * f * expm1_tail(f);
+    const auto near = is_near(d);
+    const V power = select(near, e, read<V>(powers + i, w, 0.f));
+    const V growth = power * (f + square), exp_t = power + growth;
+    const V gap = select(near, growth, exp_t - e);
+    write<V>(exps + i, w, exp_t), write<V>(gaps + i, w, gap);
+    sum_t += exp_t, excess += gap;
+    if constexpr (mixture) return;
+    dot += exp_t * d;
+    bend += select(near, growth, exp_t) * d - select(near, e * square, gap);
+  });
+  t.sum += sum(sum_t), t.excess += sum(excess), t.highest = largest(high);
+  t.dot = sum(dot), t.bend = sum(bend);
+}
+template <bool, class Ratio>
+KD_FN void measure(Teacher<double>& t, int n, const double* z, const double*, double*,
+                   const Ratio& ratio) {
+  using V = vd;
+  const Scalars<double> k = t.k;
+  double* exps = t.exps;
+  V sum_t{}, high = all<V>(t.highest);
+  sweep<V>(n, [&](int i, auto w) {
+    const V zt = read_logits<V>(z + i, w), exp_t = exp_at_rate(zt - k.max_t, k.rate_t);
+    high = at_least(ratio(i, w, zt), high);
+    write<V>(exps + i, w, exp_t);
+    sum_t += exp_t;
+  });
+  t.sum += sum(sum_t), t.highest = largest(high);
+}
+
+// A block's maximum; `fall_s` as above.
+template <class S>
+void raise(Teacher<S>& t, const Row<S>& r, int64_t first, int n, double sum_s, double fall_s) {
   using V = typename VectorOf<S>::V;
-  alignas(64) S buffer[block];
-  const S* z = t.get(row, first, n, buffer);
+  const S* z = t.read = t.get(r.index, first, n, t.buffer);
   V top = all<V>(t.k.max_t);
   sweep<V>(n, [&](int i, auto w) { top = at_least(read<V>(z + i, w, floor_of<S>), top); });
   const double fall_t = ((double)t.k.max_t - largest(top)) * t.k.inv_tt;
-  t.k.max_t = largest(top);
+  t.k.max_t = largest(top), t.k.max_s = r.k.max_s;
   t.k.subtract_first =
       t.k.inv_ts == t.k.inv_tt && __builtin_fabs((double)t.k.max_t - t.k.max_s) <= 1;
   if (first > 0 && (fall_s != 0 || fall_t != 0)) recentre(t, sum_s, fall_s, fall_t);
-  const Scalars<S> k = t.k;
-  S* exps = t.exps;
-  V sum_t{}, excess{}, low = all<V>(t.lowest), high = all<V>(t.highest);
-  sweep<V>(n, [&](int i, auto w) {
-    const V zt = read_logits<V>(z + i, w), d = log_ratio(k, read_logits<V>(s + i, w), zt);
-    const V exp_t = exp_at_rate(zt - k.max_t, k.rate_t), e = read<V>(exp_s + i, w, S(0));
-    low = at_most(d, low), high = at_least(d, high);
-    write<V>(exps + i, w, exp_t);
-    sum_t += exp_t;
-    if constexpr (sizeof(S) == 4)
-      excess += select(is_near(d), e * (d + d * d * expm1_tail(d)), exp_t - e);
-  });
-  t.sum += sum(sum_t), t.excess += sum(excess);
-  t.lowest = -largest(-low), t.highest = largest(high);
 }
 
-// The row and its teachers; the student's exponentials are formed once. `plain`: the
-// cross-entropy's normaliser too.
-template <bool plain, class S>
+// The row and its teachers; the student's exponentials are formed once.
+template <bool mixture, class S>
 void measure(Row<S>& r, Teacher<S>* teachers, int64_t count) {
   using V = typename VectorOf<S>::V;
+  const bool plain = r.p.ce_weight != 0;  // the cross-entropy's normaliser too
   r.k.max_s = floor_of<S>;
   r.sum_s = r.plain_s = 0;
   r.lowest = 0;  // of u_s
@@ -96,18 +149,46 @@ void measure(Row<S>& r, Teacher<S>* teachers, int64_t count) {
     }
     const Scalars<S> k = r.k;
     V sum_s{}, sum_plain{}, low = all<V>(r.lowest);
+    const S* next = next_row(s, r.student.buffer, r.p.student);
     sweep<V>(n, [&](int i, auto w) {
+      __builtin_prefetch(next + i, 0, 2);
       const V z = read_logits<V>(s + i, w) - k.max_s, e = exp_at_rate(z, k.rate_s);
       write<V>(r.exp_s + i, w, e);
       sum_s += e;
-      if constexpr (plain) sum_plain += exp_at_rate(z, exp_rate<S>(1));
-      low = at_most(select(z > all<V>(floor_of<S> / 2), z * k.inv_ts, V{}), low);
+      if (plain) sum_plain += exp_at_rate(z, exp_rate<S>(1));
+      if constexpr (mixture)
+        low = at_most(select(z > all<V>(floor_of<S> / 2), z * k.inv_ts, V{}), low);
     });
     r.sum_s += sum(sum_s), r.lowest = -largest(-low);
-    if constexpr (plain) r.plain_s += sum(sum_plain);
+    if (plain) r.plain_s += sum(sum_plain);
+    for (int64_t m = 0; m < count; m++) raise(teachers[m], r, first, n, before, fall);
     for (int64_t m = 0; m < count; m++) {
-      teachers[m].k.max_s = r.k.max_s;
-      measure(teachers[m], r.index, first, n, s, r.exp_s, before, fall);
+      Teacher<S>& t = teachers[m];
+      measure<mixture>(t, n, t.read, r.exp_s, r.exp_t, [k = t.k, s](int i, auto w, V zt) {
+        return log_ratio(k, read_logits<V>(s + i, w), zt);
+      });
     }
   });
+}
+
+template <class S>
+bool is_sound(const Row<S>& r) {
+  return r.sum_s < beyond && r.k.max_s > floor_of<S>;
+}
+template <class S>
+bool is_sound(const Teacher<S>& t) {
+  return t.sum < beyond && t.k.max_t > floor_of<S>;
+}
+
+inline void normalise(const Row<float>& r, Teacher<float>& t) {
+  // A is exact where the normalisers are close, and cancels where the teacher's is much smaller.
+  t.ratio = t.excess / r.sum_s;
+  t.close = __builtin_fabs(t.ratio) < 0.5;
+  t.delta = t.close ? __builtin_log1p(t.ratio) : __builtin_log(t.sum / r.sum_s);
+  t.k.delta = (float)t.delta;
+  t.k.inv_sum_t = (float)(1 / (t.close ? r.sum_s + t.excess : t.sum));
+}
+inline void normalise(const Row<double>& r, Teacher<double>& t) {
+  t.k.inv_sum_t = 1 / t.sum;
+  t.k.delta = __builtin_log(t.sum) - __builtin_log(r.sum_s);
 }
