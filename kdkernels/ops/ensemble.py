@@ -145,8 +145,9 @@ def apply(
     )  # fmt: skip
     refuse_transforms(name, (*tensors, *sources))
     operator = _operator(rows.backend)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*tensors, *sources)
+    if torch.is_grad_enabled() and (
+        student.requires_grad
+        or any(t is not None and t.requires_grad for t in (*tensors[1:], *sources))
     ):
         call = name, operator, mixture, stacked is not None, numbers, choices
         return _Ensemble.apply(*tensors, rows.labels, rows.mask, call, *sources)

@@ -30,7 +30,8 @@ struct Ensemble {
     bool sound = is_sound(r);
     for (int64_t m = 0; m < count; m++) sound = sound && is_sound(teachers[m]);
     if (!sound) r.sum_s = __builtin_nan("");  // and so is all that is divided by it
-    r.k.inv_sum_s = S(1 / r.sum_s), r.k.log_sum_s = S(__builtin_log(r.sum_s));
+    r.k.inv_sum_s = S(1 / r.sum_s);
+    if (sizeof(S) == 8) r.k.log_sum_s = S(__builtin_log(r.sum_s));  // no fp32 term takes it
     for (int64_t m = 0; m < count; m++) {
       Teacher<S>& t = teachers[m];
       kd::KD_ISA::normalise(r, t);
