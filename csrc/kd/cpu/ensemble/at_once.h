@@ -11,7 +11,7 @@ inline bool add_up(const Row<float>& r, Teacher<float>* teachers, int64_t count)
     t.value = t.dot / t.sum - t.delta;
     if (!t.close) continue;
     const double bend = t.bend / r.sum_s, lost = (1 + t.ratio) * t.delta - t.ratio;
-    if (lost > 0.875 * bend) {
+    if (lost > 0.5 * bend) {
       for (int64_t k = 0; k <= m; k++) teachers[k].value = 0;  // the steps add to it
       return false;
     }
