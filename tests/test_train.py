@@ -31,45 +31,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [
-        ("resnet8", 0.084),
-        ("resnet14", 0.181),
-        ("resnet20", 0.278),
-        ("resnet32", 0.473),
-        ("resnet44", 0.667),
-        ("resnet56", 0.862),
-        ("resnet110", 1.737),
-        ("resnet8x4", 1.234),
-        ("resnet32x4", 7.434),
-    ],
-)
-def test_resnets_have_the_published_parameter_counts(name, millions):
-    model = build_model(name, (32, 32, 3), 100)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert round(count / 1e6, 3) == millions
-
-
-@pytest.mark.parametrize("name", ["mlp4", "convnet4", "resnet8", "resnet8x4"])
-@pytest.mark.parametrize("shape", [(8, 8, 1), (9, 13, 3), (32, 32, 3)])
-def test_models_take_any_size_and_channels(name, shape):
-    height, width, channels = shape
-    logits = build_model(name, shape, 7)(torch.randn(2, channels, height, width))
-    assert logits.shape == (2, 7)
-
-
-@pytest.mark.parametrize("name", ["resnet9", "resnet2", "mlp", "mlp0", "mlp8x4", "vgg8"])
-def test_unknown_models_are_refused(name):
-    with pytest.raises(InputError, match=f"{name}.*expected one of"):
-        build_model(name, (8, 8, 1), 10)
-
-
-def test_small_images_are_refused():
-    with pytest.raises(InputError, match="expected images of 8x8 or more pixels, got 9x7"):
-        build_model("resnet8", (7, 9, 3), 10)
-
-
 @pytest.fixture
 def step():
     generator = torch.Generator().manual_seed(0)

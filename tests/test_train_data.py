@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets: splits, published layouts, image folders, augmentation, and damaged files."""
+"""Data sets: splits, published layouts, image folders, archives, arrays, and damaged files."""
 
 from __future__ import annotations
 
+import os
 import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +15,9 @@ import torch
 from PIL import Image
 
 from kdkernels.train import InputError
-from kdkernels.train.data import Batches, load_data, normaliser
-from kdkernels.train.data.batches import crop_and_flip
+from kdkernels.train.data import load_data, normaliser
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "tiny-imagenet-even100-32px.tar.xz"
 
 
 def load(path, cache_dir, **changes):
@@ -42,43 +47,6 @@ def test_network_input_is_normalised(tmp_path):
     assert inputs.shape == (len(data.train), 1, 8, 8)
     assert inputs.mean().item() == pytest.approx(0, abs=1e-5)
     assert inputs.std(correction=0).item() == pytest.approx(1, abs=1e-5)
-
-
-def test_an_epoch_has_each_image_once_and_batches_depend_on_the_step_alone(tmp_path):
-    data = load("digits", tmp_path)
-    settings = {"batch_size": len(data.train) // 4, "augment": "crop", "device": "cpu"}
-    batches, again = (Batches(data, seed=1, **settings) for _ in range(2))
-    epoch = [batches(step) for step in range(batches.per_epoch)]
-    labels = torch.cat([batch.labels for batch in epoch])
-    counts = torch.bincount(labels) - torch.from_numpy(np.bincount(everything(data.train)[1]))
-    assert len(labels) >= len(data.train) - 3 and counts.max() <= 0
-    assert torch.equal(again(2).images, epoch[2].images)
-    assert not torch.equal(batches(2 + batches.per_epoch).images, epoch[2].images)
-
-
-def test_augmentation_is_applied_as_asked(tmp_path):
-    data = load("digits", tmp_path)
-
-    def batch(augment):
-        return Batches(data, batch_size=64, augment=augment, seed=1, device="cpu")(0).images
-
-    assert torch.equal(batch("auto"), batch("crop"))
-    assert len({batch(augment).sum().item() for augment in ("none", "crop", "crop-flip")}) == 3
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_augmented_images_are_shifts_and_mirrors(flip):
-    images = torch.randint(1, 256, (64, 16, 16, 2), dtype=torch.uint8)
-    augmented = crop_and_flip(images, np.random.default_rng(0), flip=flip)
-    padded = torch.nn.functional.pad(images, (0, 0, 2, 2, 2, 2))
-    mirrored = 0
-    for image, result in zip(padded, augmented, strict=True):
-        windows = [image[i : i + 16, j : j + 16] for i in range(5) for j in range(5)]
-        plain = any(torch.equal(window, result) for window in windows)
-        mirror = any(torch.equal(window.flip(1), result) for window in windows)
-        assert plain or (flip and mirror)
-        mirrored += mirror
-    assert 16 < mirrored < 48 if flip else mirrored == 0
 
 
 def write_pickle(path, content):
@@ -198,21 +166,37 @@ def test_single_level_folder_is_split(tmp_path):
     assert (len(data.train), len(data.val), len(data.test)) == (24, 8, 8)
 
 
-def test_images_are_decoded_once(tmp_path, monkeypatch):
+def cached(cache_dir):
+    """The folders of decoded data sets."""
+    return [path for path in cache_dir.iterdir() if path.is_dir()]
+
+
+def test_images_are_decoded_once_and_mapped(tmp_path, monkeypatch):
     write_images(tmp_path / "set")
     first = load(tmp_path / "set", tmp_path / "cache")
     monkeypatch.setattr(Image, "open", None)
     again = load(tmp_path / "set", tmp_path / "cache")
     assert isinstance(again.train.images, np.memmap)
     assert np.array_equal(first.train.images, again.train.images)
+    assert first.digest == again.digest
 
 
 def test_a_changed_folder_is_decoded_anew(tmp_path):
     write_images(tmp_path / "set")
-    load(tmp_path / "set", tmp_path / "cache")
+    before = load(tmp_path / "set", tmp_path / "cache")
     Image.new("RGB", (12, 10), "white").save(tmp_path / "set" / "cat" / "9.png")
-    data = load(tmp_path / "set", tmp_path / "cache")
-    assert len(data.train.images) == 17
+    more = load(tmp_path / "set", tmp_path / "cache")
+    assert len(more.train.images) == 17
+    Image.new("RGB", (12, 10), "black").save(tmp_path / "set" / "cat" / "9.png")
+    other = load(tmp_path / "set", tmp_path / "cache")
+    assert len({before.digest, more.digest, other.digest}) == 3
+
+
+def test_the_digest_is_of_the_content_wherever_it_lies(tmp_path):
+    write_images(tmp_path / "set")
+    before = load(tmp_path / "set", tmp_path / "cache").digest
+    (tmp_path / "set").rename(tmp_path / "moved")
+    assert load(tmp_path / "moved", tmp_path / "cache").digest == before
 
 
 def test_a_corrupt_image_is_named_and_leaves_no_cache(tmp_path):
@@ -221,16 +205,47 @@ def test_a_corrupt_image_is_named_and_leaves_no_cache(tmp_path):
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(InputError, match=r"dog.5\.png: not a readable image"):
         load(tmp_path / "set", tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+    assert not cached(tmp_path / "cache")
 
 
-def test_a_damaged_cache_is_named(tmp_path):
+@pytest.mark.parametrize("damage", ["truncated", "changed", "label", "missing", "index"])
+def test_a_damaged_cache_is_named(tmp_path, damage):
     write_images(tmp_path / "set")
     load(tmp_path / "set", tmp_path / "cache")
-    (path,) = (tmp_path / "cache").iterdir()
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=rf"{path.name}: damaged cache"):
+    (folder,) = cached(tmp_path / "cache")
+    name = {"label": "labels.npy", "index": "index.json"}.get(damage, "images.npy")
+    content = bytearray((folder / name).read_bytes())
+    if damage == "truncated":
+        del content[-1]
+    elif damage == "index":
+        del content[len(content) // 2 :]
+    else:
+        content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    if damage == "missing":
+        (folder / name).unlink()
+    with pytest.raises(InputError, match=rf"{folder.name}: damaged cache of .*set.*; delete it"):
         load(tmp_path / "set", tmp_path / "cache")
+
+
+def test_what_a_killed_process_left_is_no_hindrance(tmp_path):
+    write_images(tmp_path / "set")
+    digest = load(tmp_path / "set", tmp_path / "cache").digest
+    (folder,) = cached(tmp_path / "cache")
+    folder.rename(folder.with_name(f"{folder.name}.partial"))
+    (tmp_path / "cache" / f"{folder.name}.partial" / "index.json").unlink()
+    assert load(tmp_path / "set", tmp_path / "cache").digest == digest
+    assert cached(tmp_path / "cache") == [folder]
+
+
+def test_two_that_start_together_decode_once(tmp_path, monkeypatch):
+    write_images(tmp_path / "set")
+    opened, decode = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or decode(file))
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(load, tmp_path / "set", tmp_path / "cache") for _ in range(2)]
+    assert len({load.result().digest for load in loads}) == 1
+    assert len(opened) == 16
 
 
 def test_images_of_several_sizes_need_image_size(tmp_path):
@@ -245,7 +260,182 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="neither a CIFAR folder nor an image folder"):
         load(tmp_path / "empty", tmp_path / "cache")
+    with pytest.raises(InputError, match="nowhere: expected 'digits', a folder, a tar"):
+        load(tmp_path / "nowhere", tmp_path / "cache")
+    with pytest.raises(InputError, match="--image-size: digits has images of one size"):
+        load("digits", tmp_path / "cache", image_size=16)
     write_images(tmp_path / "odd" / "train", classes=("cat",))
     write_images(tmp_path / "odd" / "test", classes=("dog",))
     with pytest.raises(InputError, match="class 'dog' has no training images"):
         load(tmp_path / "odd", tmp_path / "cache")
+
+
+def pack(folder, path, mode):
+    with tarfile.open(path, mode) as archive:
+        # Any order will do.
+        for file in sorted(folder.rglob("*"), reverse=True):
+            archive.add(file, f"./{file.relative_to(folder.parent)}", recursive=False)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_a_tar_is_the_folder_in_it(tmp_path, mode):
+    for part in ("train", "test"):
+        write_images(tmp_path / "set" / part)
+    folder = load(tmp_path / "set", tmp_path / "cache")
+    data = load(pack(tmp_path / "set", tmp_path / "set.tar.any", mode), tmp_path / "cache")
+    assert (data.name, data.classes, data.digest) == ("set", folder.classes, folder.digest)
+    for one, other in zip(
+        (data.train, data.val, data.test), (folder.train, folder.val, folder.test), strict=True
+    ):
+        assert np.array_equal(one.rows, other.rows)
+
+
+def test_a_tar_of_cifar(cifar10, tmp_path):
+    path = pack(cifar10, tmp_path / "cifar-10-python.tar.gz", "w:gz")
+    data = load(path, tmp_path / "cache")
+    assert data.name == "cifar10" and data.digest == load(cifar10, tmp_path / "cache").digest
+
+
+def test_a_tar_is_opened_once(tmp_path, monkeypatch):
+    write_images(tmp_path / "set")
+    path = pack(tmp_path / "set", tmp_path / "set.tar", "w")
+    digest = load(path, tmp_path / "cache").digest
+    monkeypatch.setattr(tarfile, "open", None)
+    assert load(path, tmp_path / "cache").digest == digest
+    os.utime(path, (0, 0))
+    with pytest.raises(InputError, match=r"set\.tar: not a readable archive"):
+        load(path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
+def test_a_truncated_tar_is_named(tmp_path, mode, share):
+    write_images(tmp_path / "set")
+    path = pack(tmp_path / "set", tmp_path / "set.tar", mode)
+    content = path.read_bytes()
+    # An archive ends in blocks of zeros, which may be cut short.
+    path.write_bytes(content[: int(share * len(content.rstrip(b"\0")))])
+    with pytest.raises(InputError, match=r"set\.tar: not a readable archive"):
+        load(path, tmp_path / "cache")
+
+
+def test_a_tar_cut_between_files_is_named(tmp_path):
+    write_images(tmp_path / "set")
+    path = pack(tmp_path / "set", tmp_path / "set.tar", "w")
+    with tarfile.open(path) as archive:
+        stop = archive.getmembers()[9].offset
+    for end in (stop, stop + 100):
+        path.write_bytes(path.read_bytes()[:end])
+        with pytest.raises(InputError, match="not a readable archive"):
+            load(path, tmp_path / "cache")
+
+
+def test_a_corrupt_image_in_a_tar_is_named(tmp_path):
+    write_images(tmp_path / "set")
+    (tmp_path / "set" / "dog" / "5.png").write_bytes(b"no image")
+    path = pack(tmp_path / "set", tmp_path / "set.tar", "w")
+    with pytest.raises(InputError, match=r"set\.tar: set/dog/5\.png: not a readable image"):
+        load(path, tmp_path / "cache")
+
+
+def test_links_in_a_tar_are_refused(tmp_path):
+    write_images(tmp_path / "set")
+    (tmp_path / "set" / "dog" / "link.png").symlink_to("5.png")
+    path = pack(tmp_path / "set", tmp_path / "set.tar", "w")
+    with pytest.raises(InputError, match=r"dog/link\.png: a link; expected the file itself"):
+        load(path, tmp_path / "cache")
+
+
+def arrays(parts, names="{part}_{what}", shape=(9, 8, 3)):
+    rng = np.random.default_rng(0)
+    made = {}
+    for part, count in parts.items():
+        pixels = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+        made[names.format(part=part, what="images")] = pixels
+        made[names.format(part=part, what="labels")] = np.arange(count) % 3
+    return made
+
+
+@pytest.mark.parametrize("form", ["npz", "compressed", "folder", "tar"])
+def test_arrays_in_parts(tmp_path, form):
+    content = arrays({"train": 30, "val": 6, "test": 9})
+    path = tmp_path / "set.npz"
+    if form in ("npz", "compressed"):
+        (np.savez if form == "npz" else np.savez_compressed)(path, **content)
+    else:
+        path = tmp_path / "set"
+        path.mkdir()
+        for name, array in content.items():
+            np.save(path / f"{name}.npy", array)
+    if form == "tar":
+        path = pack(path, tmp_path / "set.tgz", "w:gz")
+    data = load(path, tmp_path / "cache")
+    assert (data.name, data.classes, data.shape) == ("set", ("0", "1", "2"), (9, 8, 3))
+    assert isinstance(data.train.images, np.memmap)
+    for part in ("train", "val", "test"):
+        images, labels = everything(getattr(data, part))
+        assert np.array_equal(images, content[f"{part}_images"])
+        assert np.array_equal(labels, content[f"{part}_labels"])
+
+
+def test_a_pair_of_arrays_is_split(tmp_path):
+    content = arrays({"all": 30}, "{what}", shape=(8, 8))
+    np.savez(tmp_path / "set.npz", x=content["images"], y=content["labels"][:, None])
+    data = load(tmp_path / "set.npz", tmp_path / "cache")
+    assert (data.shape, len(data.train), len(data.val), len(data.test)) == ((8, 8, 1), 18, 6, 6)
+
+
+def test_a_lone_held_out_array_is_the_test_set(tmp_path):
+    content = arrays({"train": 30, "test": 9}, "{what}_{part}")
+    np.savez(
+        tmp_path / "set.npz",
+        **{name.replace("images", "x").replace("labels", "y"): a for name, a in content.items()},
+    )
+    data = load(tmp_path / "set.npz", tmp_path / "cache")
+    assert (len(data.train), len(data.val), len(data.test)) == (24, 6, 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": None}, "set.npz: expected arrays images and labels"),
+        ({"images": np.zeros((30, 8, 8))}, r"uint8 of shape .* got float64 of shape \(30, 8, 8\)"),
+        ({"images": np.zeros((30, 3, 8, 8), np.uint8)}, "at most 4 channels"),
+        ({"labels": np.zeros(29, int)}, r"each of 30 images .* got int64 of shape \(29,\)"),
+        ({"labels": np.zeros(30)}, "got float64"),
+        ({"labels": np.full(30, -1)}, "expected labels from 0 up, got -1"),
+        ({"labels": np.array([print] * 30)}, "labels.npy: not a readable array"),
+    ],
+)
+def test_unusable_arrays_are_named(tmp_path, changes, message):
+    content = arrays({"all": 30}, "{what}") | changes
+    path = tmp_path / "set.npz"
+    np.savez(path, **{name: array for name, array in content.items() if array is not None})
+    with pytest.raises(InputError, match=message):
+        load(path, tmp_path / "cache")
+
+
+def test_a_truncated_npz_is_named(tmp_path):
+    path = tmp_path / "set.npz"
+    np.savez(path, **arrays({"all": 30}, "{what}"))
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    for damaged in (content, content[:4000]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"set\.npz: not a readable archive"):
+            load(path, tmp_path / "cache")
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is missing")
+@pytest.mark.slow
+def test_100_classes_of_tiny_imagenet(tmp_path):
+    data = load(REAL, tmp_path, val_fraction=0.1)
+    assert (len(data.classes), data.shape) == (100, (32, 32, 3))
+    assert (len(data.train), len(data.val), len(data.test)) == (45000, 5000, 5000)
+    for split, count in ((data.train, 450), (data.val, 50), (data.test, 50)):
+        assert (np.bincount(split.labels[split.rows]) == count).all()
+    with tarfile.open(REAL) as archive:
+        member = next(entry for entry in archive if entry.isfile() and "/" in entry.name)
+        pixels = np.asarray(Image.open(archive.extractfile(member)).convert("RGB"))
+    assert any(np.array_equal(pixels, image) for image in data.train.images[:500])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from kdkernels.train.data.augment import Augmentation
 from kdkernels.train.errors import InputError
 
 
@@ -16,9 +17,12 @@ class Config:
     Args:
         method: ce, dkd, kd or skd, or several joined by + (skd+dkd); their own options follow by
             their own names, and go to each method that has them.
-        data: "digits", a folder holding cifar-10-batches-py or cifar-100-python, or a folder of
-            images (train|val|test/<class>/*, or <class>/*).
-        student: mlp<width>, convnet<width>, resnet<6n+2> or resnet<6n+2>x4, e.g. resnet8x4.
+        data: "digits", or a folder or a tar of one: cifar-10-batches-py or cifar-100-python, images
+            (train|val|test/<class>/*, or <class>/*), or arrays (images.npy and labels.npy, also as
+            an .npz).
+        student: mlp<width>, convnet<width>, resnet<6n+2>, resnet<6n+2>x4, wrn<6n+4>-<width>,
+            vgg<8|11|13|16|19>, MobileNetV2, ShuffleV1, ShuffleV2, ResNet<18|34|50|101|152>, or any
+            of timm's as timm:<name>.
         teacher: model of the teacher, trained first with cross-entropy; a method that needs no
             teacher is measured against it.
         teacher_checkpoint: a model.safetensors of an earlier run, used instead of training one.
@@ -30,8 +34,9 @@ class Config:
         lr: learning rate of SGD (Nesterov momentum 0.9) at the start.
         schedule: cosine to zero, or multistep (a tenth after 5/8, 6/8 and 7/8 of the steps).
         weight_decay: L2 penalty of all weights.
-        augment: random crop with padding and mirroring, on the device; auto takes what suits the
-            data set.
+        augment: crop (after padding), flip and cutout, those wanted joined by dashes as in
+            crop-flip, or none; auto takes what suits the data set.
+        mixup: mix images and labels by shares drawn from Beta(mixup, mixup); 0 does not.
         seed: one run for each; initial weights and the order of the images come from it.
         backend: which implementation runs the distillation losses.
         accelerator: the device to train on.
@@ -59,7 +64,8 @@ class Config:
     lr: float = 0.05
     schedule: Literal["cosine", "multistep"] = "cosine"
     weight_decay: float = 5e-4
-    augment: Literal["auto", "none", "crop", "crop-flip"] = "auto"
+    augment: str = "auto"
+    mixup: float = 0.0
     seed: tuple[int, ...] = (0,)
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
@@ -77,12 +83,14 @@ class Config:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{option(name)}: expected a number above 0, got {value}")
-        for name in ("weight_decay", "checkpoint_every"):
+        for name in ("weight_decay", "checkpoint_every", "mixup"):
             value = getattr(self, name)
             if not value >= 0:
                 raise InputError(f"{option(name)}: expected 0 or more, got {value}")
         if not self.seed or len(set(self.seed)) < len(self.seed) or min(self.seed) < 0:
             raise InputError(f"--seed: expected different numbers from 0 up, got {list(self.seed)}")
+        if self.augment != "auto":
+            Augmentation.parse(self.augment)
         if self.teacher and self.teacher_checkpoint:
             raise InputError("--teacher and --teacher-checkpoint: expected one of them, got both")
 

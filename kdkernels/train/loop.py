@@ -70,7 +70,12 @@ def fit(
     ]
     dry_run(method, network, teachers, data, device)
     batches = Batches(
-        data, batch_size=config.batch_size, augment=config.augment, seed=seed, device=device
+        data,
+        batch_size=config.batch_size,
+        augment=config.augment,
+        mixup=config.mixup,
+        seed=seed,
+        device=device,
     )
     last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
     optimizer = torch.optim.SGD(

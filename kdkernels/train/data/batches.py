@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training batches, gathered and augmented on the device without worker processes.
 
-Every random choice is a function of (seed, step), never of a generator carried along: a run
-resumed at any step sees the batches it would have seen, and the same views can be made again.
+Every random choice is a function of the seed and of where training stands, never of a generator
+carried along: a run resumed at any step sees the batches it would have seen. The order of the
+images comes from (seed, epoch), mixing from (seed, step), and augmentation from (seed, view,
+image): what is kept about the views of an image, a teacher's logits say, can be found again in any
+epoch.
 """
 
 from __future__ import annotations
@@ -14,64 +17,97 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdkernels.train.data.augment import Augmentation, mix_up
 from kdkernels.train.data.dataset import Dataset
 
-AUGMENTATIONS = ("auto", "none", "crop", "crop-flip")
-# Padding of the random crop as a share of the image side: 4 pixels at 32, as is customary.
-CROP_PADDING = 1 / 8
+# What a generator is for: its second key beside the seed.
+ORDER, AUGMENT, MIX = range(3)
+# Images are kept on a GPU whole if they take up to this share of its memory.
+RESIDENT_SHARE = 0.25
 
 
 class Batch(NamedTuple):
-    """One training batch."""
+    """One training batch of B images in V views, all images of a view before the next."""
 
-    images: Tensor  # (B, C, H, W) float32, normalised
-    labels: Tensor  # (B,) int64
+    images: Tensor  # (V * B, C, H, W) float32, normalised
+    labels: Tensor  # (V * B,) int64, or (V * B, K) probabilities if images are mixed
+    rows: Tensor | None = None  # (V * B,) int64: positions in the training set
+    views: tuple[int, ...] = (0,)  # numbers of the V views
+    turns: Tensor | None = None  # of each image by 90 degrees, from augment.quarter_turns
 
 
 class Batches:
     """The training batch of any step: epochs of shuffled, equally sized batches.
 
-    The rest of an epoch that does not fill a batch is left out; another shuffle brings it in.
+    The rest of an epoch that does not fill a batch is left out; another shuffle brings it in. Each
+    image comes in ``views`` views, new ones in every epoch; if ``distinct_views`` is given, there
+    are so many in all and they come round again. ``mixup`` is the alpha of
+    :func:`~kdkernels.train.data.augment.mix_up`, 0 for none.
     """
 
     def __init__(
-        self, data: Dataset, *, batch_size: int, augment: str, seed: int, device: torch.device
+        self,
+        data: Dataset,
+        *,
+        batch_size: int,
+        augment: str,
+        seed: int,
+        device: torch.device | str,
+        views: int = 1,
+        distinct_views: int | None = None,
+        mixup: float = 0.0,
     ) -> None:
-        self.data, self.device, self.seed = data, device, seed
-        self.normalise = normaliser(data, device)
+        self.data, self.device, self.seed = data, torch.device(device), seed
+        self.normalise = normaliser(data, self.device)
         self.batch_size = min(batch_size, len(data.train))
         self.per_epoch = len(data.train) // self.batch_size
-        self.augment = data.augment if augment == "auto" else augment
-        self._epoch, self._order = -1, None
+        self.augment = Augmentation.parse(data.augment if augment == "auto" else augment)
+        self.views, self.distinct_views, self.mixup = views, distinct_views, mixup
+        self._images = _near(data.train.images, self.device)
+        self._labels = torch.from_numpy(data.train.labels)
+        self._rows = torch.from_numpy(data.train.rows)
+        self._epoch, self._order = -1, torch.empty(0)
+        self._choices: dict[int, Tensor] = {}  # of the views lately used
 
     def __call__(self, step: int) -> Batch:
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.data.train))
-            self._epoch, self._order = epoch, order
-        chosen = self._order[position * self.batch_size : (position + 1) * self.batch_size]
-        images, labels = (torch.from_numpy(array) for array in self.data.train.take(chosen))
-        images = images.to(self.device, non_blocking=True)
-        if self.augment != "none":
-            rng = np.random.default_rng((self.seed, 1, step))
-            images = crop_and_flip(images, rng, flip=self.augment == "crop-flip")
-        return Batch(self.normalise(images), labels.to(self.device, non_blocking=True))
+            rng = np.random.default_rng((self.seed, ORDER, epoch))
+            self._order = torch.from_numpy(rng.permutation(len(self.data.train)))
+            self._epoch = epoch
+        rows = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        views = range(epoch * self.views, (epoch + 1) * self.views)
+        if self.distinct_views:
+            views = [view % self.distinct_views for view in views]
+        images = [self.view(rows, view) for view in views]
+        batch = Batch(
+            images=torch.cat(images) if len(images) > 1 else images[0],
+            labels=self._labels[self._rows[rows]].repeat(self.views).to(self.device),
+            rows=rows.repeat(self.views).to(self.device),
+            views=tuple(views),
+        )
+        if self.mixup:
+            rng = np.random.default_rng((self.seed, MIX, step))
+            batch = mix_up(batch, self.mixup, len(self.data.classes), rng)
+        return batch
 
+    def view(self, rows: Tensor, view: int) -> Tensor:
+        """Network input for images of the training set, in the view of that number."""
+        images = self._images[self._rows[rows].to(self._images.device)].to(self.device)
+        if self.augment == Augmentation():
+            return self.normalise(images)
+        choices = self._drawn(view)[rows].to(self.device, torch.int64)
+        return self.augment(images, choices, self.normalise)
 
-def crop_and_flip(images: Tensor, rng: np.random.Generator, *, flip: bool) -> Tensor:
-    """Shift each image by up to the crop padding and mirror half of them: one gather for both."""
-    count, height, width, _ = images.shape  # (B, H, W, C)
-    pad = max(1, round(CROP_PADDING * min(height, width)))
-    padded = torch.nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
-    top, left = rng.integers(0, 2 * pad + 1, (2, count, 1))
-    rows = top + np.arange(height)
-    columns = left + np.arange(width)
-    if flip:
-        mirrored = rng.random((count, 1)) < 0.5
-        columns = np.where(mirrored, columns[:, ::-1], columns)
-    rows, columns = (torch.from_numpy(index).to(images.device) for index in (rows, columns))
-    sample = torch.arange(count, device=images.device)
-    return padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]]
+    def _drawn(self, view: int) -> Tensor:
+        if view not in self._choices:
+            if len(self._choices) >= self.views:
+                del self._choices[next(iter(self._choices))]
+            rng = np.random.default_rng((self.seed, AUGMENT, view))
+            height, width, _ = self.data.shape
+            choices = self.augment.draw(rng, len(self.data.train), height, width)
+            self._choices[view] = torch.from_numpy(choices)
+        return self._choices[view]
 
 
 def normaliser(data: Dataset, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -79,5 +115,23 @@ def normaliser(data: Dataset, device: torch.device) -> Callable[[Tensor], Tensor
 
     Memory stays channels-last, in which convolutions are fastest on CPUs and GPUs alike.
     """
-    mean, std = (torch.from_numpy(array).to(device) for array in (data.mean, data.std))
-    return lambda images: ((images.float() - mean) / std).permute(0, 3, 1, 2)
+    # Repeated over a row of pixels: long inner loops are several times as fast.
+    width = data.shape[1]
+    mean, scale = (
+        torch.from_numpy(array).repeat(width).to(device) for array in (data.mean, 1 / data.std)
+    )
+
+    def normalise(images: Tensor) -> Tensor:
+        inputs = images.flatten(2).float().sub_(mean).mul_(scale)
+        return inputs.view(images.shape).permute(0, 3, 1, 2)
+
+    return normalise
+
+
+def _near(images: np.ndarray, device: torch.device) -> Tensor:
+    """The images on a GPU that has room for them, else where they are."""
+    if device.type == "cuda":
+        room = RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory
+        if images.nbytes <= room:
+            return torch.from_numpy(images).to(device)
+    return torch.from_numpy(images)

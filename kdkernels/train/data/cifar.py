@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import posixpath
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdkernels.train.data.dataset import Split
+from kdkernels.train.data.cache import Allocate, Contents
+from kdkernels.train.data.sources import Source
 from kdkernels.train.errors import InputError
 
+KIND = "CIFAR"
 SHAPE = (3, 32, 32)
 
 
@@ -51,28 +55,44 @@ LAYOUTS = (
 )
 
 
-def find(folder: Path) -> tuple[Layout, Path] | None:
-    """The layout a folder holds, or is, and its root; None if neither."""
-    found = [
-        (layout, root)
-        for layout in LAYOUTS
-        for root in (folder / layout.folder, folder.resolve())
-        if root.name == layout.folder and root.is_dir()
-    ]
+def decode(source: Source, allocate: Allocate) -> Contents | None:
+    """Decode the CIFAR set that a source holds, or is; None if there is none."""
+    found = list(_find(source))
     if len(found) > 1:
-        roots = " and ".join(str(root) for _, root in found)
-        raise InputError(f"--data {folder}: holds {roots}; name one of them")
-    return found[0] if found else None
+        folders = " and ".join(layout.folder for layout, _ in found)
+        raise InputError(f"--data {source.path}: holds {folders}; name one of them")
+    if not found:
+        return None
+    ((layout, folder),) = found
+    files = {f"{folder}{name}": name for name in (layout.meta, *layout.train, layout.test)}
+    for name in files.keys() - set(source.names):
+        raise InputError(f"{source.where(name)}: missing from the CIFAR folder")
+    content = {
+        files[name]: _unpickle(content, source.where(name)) for name, content in source.read(files)
+    }
+
+    def where(name: str) -> str:
+        return source.where(f"{folder}{name}")
+
+    classes = tuple(_field(content[layout.meta], layout.classes, where(layout.meta)))
+    batches = [
+        _batch(content[name], layout, len(classes), where(name))
+        for name in (*layout.train, layout.test)
+    ]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    allocate(images.shape)[...] = images
+    stop = len(labels) - len(batches[-1][1])
+    parts = {"train": (0, stop), "test": (stop, len(labels))}
+    return Contents(layout.name, KIND, classes, labels, parts)
 
 
-def load(layout: Layout, root: Path) -> tuple[tuple[str, ...], Split, Split]:
-    """Class names, training and test images of a layout at ``root``."""
-    meta = root / layout.meta
-    classes = tuple(_field(_unpickle(meta), layout.classes, meta))
-    parts = [_batch(root / name, layout, len(classes)) for name in layout.train]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    test = _batch(root / layout.test, layout, len(classes))
-    return classes, Split.whole(images, labels), Split.whole(*test)
+def _find(source: Source) -> Iterator[tuple[Layout, str]]:
+    """Layouts in a source, each with the folder (and a slash) below which its files are named."""
+    for folder in sorted({posixpath.dirname(name) for name in source.names}):
+        root = posixpath.basename(folder or source.root.rstrip("/")) or source.name
+        for layout in LAYOUTS:
+            if root == layout.folder:
+                yield layout, f"{folder}/" if folder else ""
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -90,31 +110,28 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path}: missing from the CIFAR folder")
+def _unpickle(content: bytes, where: str) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            # Written by Python 2: its byte strings, array data included, are latin-1 here.
-            content = _ArraysOnly(file, encoding="latin1").load()
+        # Written by Python 2: its byte strings, array data included, are latin-1 here.
+        content = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise InputError(f"{path}: not a readable CIFAR file ({error})") from error
+        raise InputError(f"{where}: not a readable CIFAR file ({error})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a dictionary, got {type(content).__name__}")
+        raise InputError(f"{where}: expected a dictionary, got {type(content).__name__}")
     return content
 
 
-def _field(content: dict[str, Any], name: str, path: Path) -> Any:
+def _field(content: dict[str, Any], name: str, where: str) -> Any:
     if name not in content:
-        raise InputError(f"{path}: has no {name!r}, only {', '.join(map(repr, content))}")
+        raise InputError(f"{where}: has no {name!r}, only {', '.join(map(repr, content))}")
     return content[name]
 
 
-def _batch(path: Path, layout: Layout, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    content = _unpickle(path)
-    flat = _field(content, "data", path)
-    labels = np.asarray(_field(content, layout.labels, path))
-    expected = f"uint8 data of shape (N, {np.prod(SHAPE)}) and N labels below {classes}"
+def _batch(
+    content: dict[str, Any], layout: Layout, classes: int, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    flat = _field(content, "data", where)
+    labels = np.asarray(_field(content, layout.labels, where))
     if (
         not isinstance(flat, np.ndarray)
         or flat.dtype != np.uint8
@@ -122,6 +139,8 @@ def _batch(path: Path, layout: Layout, classes: int) -> tuple[np.ndarray, np.nda
         or labels.dtype.kind not in "iu"
         or not ((labels >= 0) & (labels < classes)).all()
     ):
-        raise InputError(f"{path}: expected {expected}")
-    images = flat.reshape(-1, *SHAPE).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images), labels.astype(np.int64)
+        raise InputError(
+            f"{where}: expected uint8 data of shape (N, {np.prod(SHAPE)}) and N labels below "
+            f"{classes}"
+        )
+    return flat.reshape(-1, *SHAPE).transpose(0, 2, 3, 1), labels.astype(np.int64)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from kdkernels.train.errors import InputError
 
@@ -29,11 +30,6 @@ class Split:
         rows = self.rows[positions]
         return self.images[rows], self.labels[rows]
 
-    @classmethod
-    def whole(cls, images: np.ndarray, labels: np.ndarray) -> Split:
-        """Every row of the arrays."""
-        return cls(images, labels, np.arange(len(labels)))
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -41,10 +37,13 @@ class Dataset:
 
     ``mean`` and ``std`` (C,) are those of the training pixels, in units of 0 to 255. ``augment``
     is the augmentation that suits these images, used where the user asks for none by name.
+    ``digest`` names all pixels and labels: what is kept about the images elsewhere is kept under
+    it.
     """
 
     name: str
     classes: tuple[str, ...]
+    digest: str
     train: Split
     val: Split
     test: Split
@@ -62,6 +61,7 @@ class Dataset:
         cls,
         name: str,
         classes: tuple[str, ...],
+        digest: str,
         augment: str,
         train: Split,
         val: Split,
@@ -72,7 +72,7 @@ class Dataset:
             if not len(split):
                 raise InputError(f"--data {name}: the {part} set is empty: too few images")
         mean, std = _pixel_statistics(train)
-        return cls(name, classes, train, val, test, mean, std, augment)
+        return cls(name, classes, digest, train, val, test, mean, std, augment)
 
 
 def split_off(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
@@ -93,16 +93,16 @@ def split_off(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
     )
 
 
-def _pixel_statistics(split: Split, chunk: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-    channels = split.images.shape[-1]
-    total, squares, count = np.zeros(channels), np.zeros(channels), 0
+def _pixel_statistics(split: Split, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    # From histograms: exact, and faster than sums in floating point.
+    counts = torch.zeros(split.images.shape[-1], 256, dtype=torch.int64)
     for start in range(0, len(split), chunk):
-        pixels = split.take(slice(start, start + chunk))[0].reshape(-1, channels).astype(np.float64)
-        total += pixels.sum(0)
-        squares += np.square(pixels).sum(0)
-        count += len(pixels)
-    mean = total / count
-    variance = np.maximum(squares / count - np.square(mean), 0.0)
+        images = torch.from_numpy(split.take(slice(start, start + chunk))[0])
+        for channel, histogram in enumerate(counts):
+            histogram += torch.bincount(images[..., channel].flatten(), minlength=256)
+    values, shares = np.arange(256.0), (counts.double() / counts[0].sum()).numpy()
+    mean = shares @ values
+    variance = (shares * np.square(values - mean[:, None])).sum(1)
     # A constant channel carries nothing; dividing it by 1 keeps it at zero.
     std = np.where(variance > 0, np.sqrt(variance), 1.0)
     return mean.astype(np.float32), std.astype(np.float32)

@@ -1,108 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image folders: a folder per class, decoded once into a memory-mapped array in the user's cache.
-
-The cache file is named by a digest of the listing (paths, sizes, modification times) and the image
-size, so that a changed folder is decoded anew and an unchanged one is never decoded twice.
-"""
+"""Folders of images: one folder for each class, within ``train``, ``val``, ``test`` or none."""
 
 from __future__ import annotations
 
-import hashlib
-import os
+import io
+import itertools
+import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from kdkernels.train.data.dataset import Split
+from kdkernels.train.data.cache import Allocate, Contents
+from kdkernels.train.data.sources import Source
 from kdkernels.train.errors import InputError
 
+KIND = "image folder"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+PARTS = ("train", "val", "test")
+# Files read ahead of the threads that decode them.
+CHUNK = 1024
 
 
-def load(
-    folder: Path, image_size: int | None, cache_dir: Path
-) -> tuple[tuple[str, ...], dict[str, Split]]:
-    """Class names and splits of a folder of ``train|val|test/<class>/*`` or of ``<class>/*``.
+class Item(NamedTuple):
+    """An image file."""
 
-    The splits are those the folder has; a folder without ``train`` is one split named ``"all"``.
+    part: str
+    label: str
+    name: str
+
+
+def decode(source: Source, image_size: int | None, allocate: Allocate) -> Contents | None:
+    """Decode ``train|val|test/<class>/*`` or ``<class>/*``; None if there are no images.
+
+    The parts are those the folder has; without ``train`` there is one, named ``"all"``.
     """
-    parts = [name for name in ("train", "val", "test") if (folder / name).is_dir()]
-    roots = {name: folder / name for name in parts} if "train" in parts else {"all": folder}
-    classes = tuple(sorted(path.name for path in _children(next(iter(roots.values())))))
-    files, labels, counts = [], [], {}
-    for part, root in roots.items():
-        before = len(files)
-        for path in sorted(_children(root)):
-            if path.name not in classes:
-                raise InputError(f"{path}: class {path.name!r} has no training images")
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            files += found
-            labels += [classes.index(path.name)] * len(found)
-        counts[part] = range(before, len(files))
-    if not files:
-        raise InputError(
-            f"--data {folder}: neither a CIFAR folder nor an image folder; expected <class>/* or "
-            f"train/<class>/* with images ({', '.join(sorted(SUFFIXES))})"
-        )
-    images = _decoded(folder, files, image_size, cache_dir)
-    labels = np.array(labels, dtype=np.int64)
-    return classes, {name: Split(images, labels, np.array(rows)) for name, rows in counts.items()}
+    items = sorted(_items(source.names), key=lambda item: (*PARTS, "all").index(item.part))
+    if not items:
+        return None
+    part = items[0].part
+    classes = tuple(sorted({item.label for item in items if item.part == part}))
+    index = {label: number for number, label in enumerate(classes)}
+    for item in items:
+        if item.label not in index:
+            where = source.where(posixpath.dirname(item.name))
+            raise InputError(f"{where}: class {item.label!r} has no training images")
+    _decode_images(source, [item.name for item in items], image_size, allocate)
+    labels = np.array([index[item.label] for item in items], dtype=np.int64)
+    parts, start = {}, 0
+    for part, group in itertools.groupby(items, key=lambda item: item.part):
+        parts[part] = (start, start := start + len(list(group)))
+    return Contents(source.name, KIND, classes, labels, parts)
 
 
-def _children(root: Path) -> Iterator[Path]:
-    return (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _items(names: list[str]) -> Iterator[Item]:
+    images = [name for name in names if posixpath.splitext(name)[1].lower() in SUFFIXES]
+    has_parts = any(name.startswith("train/") for name in images)
+    for name in images:
+        part, _, rest = name.partition("/") if has_parts else ("all", "", name)
+        label, slash, _ = rest.partition("/")
+        if slash and part in (*PARTS, "all"):
+            yield Item(part, label, name)
 
 
-def _decoded(
-    folder: Path, files: list[Path], image_size: int | None, cache_dir: Path
-) -> np.ndarray:
-    listing = hashlib.sha256(f"{folder.resolve()} {image_size}".encode())
-    for file in files:
-        status = file.stat()
-        entry = f"\n{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns}"
-        listing.update(entry.encode())
-    path = cache_dir / f"{listing.hexdigest()[:32]}.npy"
-    if not path.is_file():
-        _decode(files, image_size, path)
-    try:
-        # Copy-on-write rather than read-only, which torch.from_numpy would warn about.
-        return np.load(path, mmap_mode="c")
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: damaged cache of {folder} ({error}); delete it") from error
+def _decode_images(
+    source: Source, names: list[str], image_size: int | None, allocate: Allocate
+) -> None:
+    rows = {name: row for row, name in enumerate(names)}
 
+    def decoded(file: tuple[str, bytes]) -> tuple[str, np.ndarray]:
+        name, content = file
+        return name, _decode(content, image_size, source.where(name))
 
-def _decode(files: list[Path], image_size: int | None, path: Path) -> None:
-    first = _read(files[0], image_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        images = np.lib.format.open_memmap(
-            partial, mode="w+", dtype=np.uint8, shape=(len(files), *first.shape)
-        )
-        with ThreadPoolExecutor() as pool:
-            decoded = pool.map(lambda file: _read(file, image_size), files)
-            for row, (file, pixels) in enumerate(zip(files, decoded, strict=True)):
-                if pixels.shape != first.shape:
+    files = source.read(names)
+    first = images = None
+    with ThreadPoolExecutor() as pool:
+        while chunk := list(itertools.islice(files, CHUNK)):
+            for name, pixels in pool.map(decoded, chunk):
+                if first is None:
+                    first, images = (name, pixels.shape), allocate((len(names), *pixels.shape))
+                if pixels.shape != first[1]:
                     raise InputError(
-                        f"{file}: {pixels.shape[1]}x{pixels.shape[0]} pixels where {files[0]} has "
-                        f"{first.shape[1]}x{first.shape[0]}; give --image-size to resize them all"
+                        f"{source.where(name)}: {_size(pixels.shape)} pixels where {first[0]} has "
+                        f"{_size(first[1])}; give --image-size to resize them all"
                     )
-                images[row] = pixels
-        images.flush()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+                images[rows[name]] = pixels
 
 
-def _read(file: Path, image_size: int | None) -> np.ndarray:
+def _decode(content: bytes, image_size: int | None, where: str) -> np.ndarray:
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(content)) as image:
             image = image.convert("RGB")
             if image_size is not None:
                 image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
             return np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file}: not a readable image ({error})") from error
+        raise InputError(f"{where}: not a readable image ({error})") from error
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"

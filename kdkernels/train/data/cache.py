@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoded data sets: memory-mapped arrays in a folder of the cache, each made once.
+
+The folder's name holds a digest of what it was made from, so that a changed source is decoded anew;
+the digest of its content, checked whenever it is opened, tells damage and names the data set to
+whatever else is kept about it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kdkernels.train.data.sources import Source
+from kdkernels.train.errors import InputError
+
+# Part of every key: raise it when decoding changes.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a data set is besides its images: ``parts`` are the first row and the end of each."""
+
+    name: str
+    kind: str
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    parts: Mapping[str, tuple[int, int]]
+
+
+# Makes room for images of a shape (N, H, W, C).
+Allocate = Callable[[tuple[int, int, int, int]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded data set; ``digest`` is that of its images and labels."""
+
+    images: np.ndarray  # (N, H, W, C) uint8
+    contents: Contents
+    digest: str
+
+
+def load(
+    source: Source,
+    recipe: str,
+    cache_dir: Path,
+    decode: Callable[[Allocate], Contents],
+) -> Decoded:
+    """The decoded ``source``, from the cache or else by ``decode``, of which ``recipe`` tells."""
+    key = hashlib.sha256(f"{VERSION} {recipe} {source.stamp}".encode()).hexdigest()[:24]
+    folder = cache_dir / f"{source.name}-{key}"
+    if not folder.is_dir():
+        with _alone(folder.with_name(f"{folder.name}.lock")):
+            if not folder.is_dir():
+                _fill(folder, decode)
+    try:
+        return _open(folder)
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder}: damaged cache of {source.path} ({error}); delete it"
+        ) from error
+
+
+def digest(images: np.ndarray, labels: np.ndarray) -> str:
+    """A name for the content of a data set."""
+    content = hashlib.sha256(f"{images.shape} {labels.dtype}".encode())
+    for array in (images, labels):
+        content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return content.hexdigest()
+
+
+def _open(folder: Path) -> Decoded:
+    # Copy-on-write rather than read-only, which torch.from_numpy would warn about.
+    images = np.load(folder / "images.npy", mmap_mode="c")
+    labels = np.load(folder / "labels.npy")
+    index = json.loads((folder / "index.json").read_text())
+    found = digest(images, labels)
+    if found != index.pop("digest"):
+        raise ValueError("its content is not what was written")
+    index["classes"] = tuple(index["classes"])
+    return Decoded(images, Contents(labels=labels, **index), found)
+
+
+def _fill(folder: Path, decode: Callable[[Allocate], Contents]) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial.mkdir()
+    try:
+        maps = []
+
+        def allocate(shape: tuple[int, int, int, int]) -> np.ndarray:
+            path = partial / "images.npy"
+            maps.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape))
+            # Writing to a map that the disk has no room for kills the process.
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            return maps[0]
+
+        contents = decode(allocate)
+        maps[0].flush()
+        np.save(partial / "labels.npy", contents.labels)
+        index = asdict(contents) | {"digest": digest(maps[0], contents.labels)}
+        del index["labels"]
+        (partial / "index.json").write_text(json.dumps(index, indent=2))
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time; the lock of one that dies is free."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
