@@ -69,7 +69,7 @@ class Augmentation:
         if self.cutout:
             height, width = inputs.shape[2:]
             side = max(1, round(CUTOUT_SIDE * min(height, width)))
-            # Squares reach over the edge: every pixel is as likely to be blanked.
+            # The middle may be anywhere, so squares reach over the edge, as published.
             rows = _within(height, middle_row - side // 2, side)
             columns = _within(width, middle_column - side // 2, side)
             # Behind the normalisation: blank is the mean colour, not black.
@@ -130,7 +130,7 @@ def quarter_turns(batch: Batch) -> Batch:
     return batch._replace(
         images=images,
         labels=torch.cat([batch.labels] * 4),
-        rows=torch.cat([batch.rows] * 4),
+        rows=None if batch.rows is None else torch.cat([batch.rows] * 4),
         turns=turns,
     )
 

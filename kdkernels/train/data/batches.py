@@ -93,7 +93,8 @@ class Batches:
 
     def view(self, rows: Tensor, view: int) -> Tensor:
         """Network input for images of the training set, in the view of that number."""
-        images = self._images[self._rows[rows].to(self._images.device)].to(self.device)
+        rows_of_all = self._rows[rows].to(self._images.device)
+        images = self._images.index_select(0, rows_of_all).to(self.device)
         if self.augment == Augmentation():
             return self.normalise(images)
         choices = self._drawn(view)[rows].to(self.device, torch.int64)
