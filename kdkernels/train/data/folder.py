@@ -20,8 +20,9 @@ from kdkernels.train.errors import InputError
 KIND = "image folder"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 PARTS = ("train", "val", "test")
-# Files read ahead of the threads that decode them.
-CHUNK = 1024
+# Files read ahead of the threads that decode them, and files a thread takes at a time: handing over
+# every single one would take longer than decoding a small image.
+CHUNK, GROUP = 1024, 32
 
 
 class Item(NamedTuple):
@@ -70,15 +71,15 @@ def _decode_images(
 ) -> None:
     rows = {name: row for row, name in enumerate(names)}
 
-    def decoded(file: tuple[str, bytes]) -> tuple[str, np.ndarray]:
-        name, content = file
-        return name, _decode(content, image_size, source.where(name))
+    def decoded(group: list[tuple[str, bytes]]) -> list[tuple[str, np.ndarray]]:
+        return [(name, _decode(content, image_size, source.where(name))) for name, content in group]
 
     files = source.read(names)
     first = images = None
     with ThreadPoolExecutor() as pool:
         while chunk := list(itertools.islice(files, CHUNK)):
-            for name, pixels in pool.map(decoded, chunk):
+            groups = [chunk[start : start + GROUP] for start in range(0, len(chunk), GROUP)]
+            for name, pixels in itertools.chain.from_iterable(pool.map(decoded, groups)):
                 if first is None:
                     first, images = (name, pixels.shape), allocate((len(names), *pixels.shape))
                 if pixels.shape != first[1]:
