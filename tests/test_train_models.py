@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from kdkernels.train import InputError
-from kdkernels.train.models import Recorder, Taps, build_model, usual_taps
+from kdkernels.train.models import Taps, build_model, usual_taps
+from kdkernels.train.taps import Tapped
 
 # As measured in the distillation suites: millions of parameters and of multiplications an image, at
 # 100 classes and 32x32 pixels, with as many digits as are known.
@@ -115,9 +116,9 @@ def test_small_images_are_refused():
 
 
 def features(model, taps, size=32, channels=3):
-    with torch.no_grad(), Recorder(model, taps) as recorder:
-        logits = model.eval()(torch.randn(2, channels, size, size))
-        return recorder.read(), logits
+    with torch.no_grad():
+        out = Tapped(model.eval(), tuple(taps))(torch.randn(2, channels, size, size))
+    return out.features, out.logits
 
 
 @pytest.mark.parametrize(
@@ -202,13 +203,11 @@ def test_what_an_in_place_relu_takes_is_kept():
 @pytest.mark.parametrize(
     ("tap", "message"),
     [
-        ("late", "'late': the model changes these features in place"),
-        ("unused", "'unused': the forward pass did not call this module"),
-        ("pair", "'pair': expected a tensor, got tuple"),
-        ("block.9", r"'block.9': InPlace has no module 'block\.9'; nearest: block\.2, block\.1"),
-        ("blok:input", "has no module 'blok'; nearest: block"),
+        ("late", "'late': its output is overwritten in place"),
+        ("unused", "'unused'.*did not call"),
+        ("pair", "'pair': expected a tensor, got .*tuple"),
+        ("blok:input", "no module 'blok'; the nearest are block"),
         ("block:output", "'block:output': expected a module's path or <path>:input"),
-        ("", "has no module ''"),
     ],
 )
 def test_taps_that_cannot_be_read_are_named(tap, message):
@@ -216,16 +215,11 @@ def test_taps_that_cannot_be_read_are_named(tap, message):
         features(InPlace(), [tap])
 
 
-def test_features_are_read_once_and_carry_gradients():
+def test_preactivations_carry_gradients():
     model = build_model("resnet8", (8, 8, 3), 10)
-    with Recorder(model, ["stages.0"]) as recorder:
-        model(torch.randn(2, 3, 8, 8))
-        recorder.read()["stages.0"].sum().backward()
-        assert model.stem[0].weight.grad.any()
-        with pytest.raises(InputError, match="did not call"):
-            recorder.read()
-    model(torch.randn(2, 3, 8, 8))
-    assert not recorder._kept
+    tap = usual_taps(model).preactivations[0]
+    Tapped(model, [tap])(torch.randn(2, 3, 8, 8)).features[tap].sum().backward()
+    assert model.stem[0].weight.grad.any() and model.stages[1][0].body[0][0].weight.grad is None
 
 
 def test_a_users_model_tells_its_own_taps():

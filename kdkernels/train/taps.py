@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs of a network's inner modules, by their paths."""
+"""What a network's inner modules give out or take, by their paths."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from kdkernels.train.methods.base import Output
 class Tapped(nn.Module):
     """``network`` with the outputs of the modules at ``paths``: images in, an ``Output`` out.
 
+    ``"<path>:input"`` is what a module takes instead: features before an activation, say.
+
     A module behind a tapped one that works in place (``ReLU(inplace=True)``) gets a copy, so that
     what is tapped is what the module gave out, whichever that is; anything else that overwrites a
     tapped tensor is an error. Attributes and ``state_dict`` are the network's under ``network.``.
@@ -26,20 +28,27 @@ class Tapped(nn.Module):
         self._tapped: dict[str, tuple[Tensor, int]] = {}
         modules = dict(network.named_modules())
         for path in self.paths:
-            if path not in modules:
-                near = difflib.get_close_matches(path, [name for name in modules if name], 3, 0.0)
-                raise InputError(f"{what}: no module {path!r}; the nearest are {', '.join(near)}")
-            modules[path].register_forward_hook(self._keeper(path))
+            name, colon, side = path.partition(":")
+            if colon and side != "input":
+                raise InputError(f"{what}: {path!r}: expected a module's path or <path>:input")
+            if name not in modules:
+                near = difflib.get_close_matches(name, [name for name in modules if name], 3, 0.0)
+                raise InputError(f"{what}: no module {name!r}; the nearest are {', '.join(near)}")
+            if colon:
+                modules[name].register_forward_pre_hook(self._keeper(path))
+            else:
+                modules[name].register_forward_hook(self._keeper(path))
         if self.paths:
             for module in modules.values():
                 if getattr(module, "inplace", False):
                     module.register_forward_pre_hook(self._spare)
 
     def _keeper(self, path: str):
-        def keep(module, arguments, result):
-            if not isinstance(result, Tensor):
-                raise InputError(f"module {path!r}: expected a tensor from it, got {type(result)}")
-            self._tapped[path] = result, result._version
+        def keep(module, arguments, *results):
+            (kept,) = results or arguments[:1]
+            if not isinstance(kept, Tensor):
+                raise InputError(f"module {path!r}: expected a tensor, got {type(kept)}")
+            self._tapped[path] = kept, kept._version
 
         return keep
 
@@ -57,6 +66,8 @@ class Tapped(nn.Module):
                     f"module {path!r}: its output is overwritten in place by what follows it; tap "
                     "the module that overwrites it"
                 )
+        if missing := [path for path in self.paths if path not in self._tapped]:
+            raise InputError(f"modules {missing}: the network did not call them")
         features = {path: self._tapped[path][0] for path in self.paths}
         self._tapped.clear()
         return Output(logits, features)

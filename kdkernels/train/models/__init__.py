@@ -21,9 +21,9 @@ from kdkernels.train.models import (
     vgg,
     wrn,
 )
-from kdkernels.train.models.taps import Recorder, Taps, usual_taps
+from kdkernels.train.models.taps import Taps, usual_taps
 
-__all__ = ["MODELS", "Recorder", "Taps", "build_model", "usual_taps"]
+__all__ = ["MODELS", "Taps", "build_model", "usual_taps"]
 
 CONVOLUTIONAL = (resnet, wrn, vgg, mobilenet, shufflenetv1, shufflenetv2)
 MODELS = ", ".join(family.NAMES for family in (small, *CONVOLUTIONAL, timm))
