@@ -65,7 +65,7 @@ def test_steps_of_mlkd_have_the_torch_operators_bits(dtype, shape, some):
         for side, (grad, factor) in enumerate(gradients):
             expected, row_factor = ops.mlkd_gradient(
                 torch.from_numpy((student, teacher)[side]),
-                *tensors(soft, relations[side], kl, weight.astype(soft.dtype)), taus, side == 1,
+                *tensors(soft, relations[side], weight.astype(soft.dtype)), taus, side == 1,
                 torch.from_numpy(mask),
             )  # fmt: skip
             assert equal(grad, expected.numpy())

@@ -273,6 +273,7 @@ BATCHWISE_CASES = [
     ("sm_90", torch.float32, 100),
     ("sm_90", torch.bfloat16, 32000),
     ("sm_90", torch.float64, 1000),
+    ("sm_90", torch.float16, 1000),  # gradients with a factor a row
     *((target, torch.bfloat16, 1000) for target in ("sm_80", "sm_100")),
     ("gfx942", torch.float32, 1000),
 ]
@@ -281,7 +282,7 @@ BATCHWISE_CASES = [
 @pytest.mark.parametrize("target, dtype, classes", BATCHWISE_CASES)
 def test_batchwise(target, dtype, classes, tmp_path):
     from kdkernels.ops.batchwise import GRAD_TEMPERATURE, DistChoices, DistNumbers
-    from kdkernels.triton import batchwise, batchwise_kernels
+    from kdkernels.triton import batchwise, dist_kernels, mlkd_kernels
 
     x = torch.empty(64, classes, dtype=dtype)
     valid = torch.ones(64, dtype=torch.bool)
@@ -290,22 +291,22 @@ def test_batchwise(target, dtype, classes, tmp_path):
             x, x, DistNumbers(4.0), DistChoices(), grads, mask
         )
         for kernel, launch in (
-            (batchwise_kernels.dist_rows_kernel, of_rows),
-            (batchwise_kernels.dist_columns_kernel, of_columns),
-            *((batchwise_kernels.dist_gradient_kernel, launch) for launch in gradients),
+            (dist_kernels.dist_rows_kernel, of_rows),
+            (dist_kernels.dist_columns_kernel, of_columns),
+            *((dist_kernels.dist_gradient_kernel, launch) for launch in gradients),
         ):
             assert_in_registers(compiled(kernel, launch, target), target, tmp_path)
     temperatures = (4.0, 3.0, 5.0, 2.0, 6.0)
     (softmax, *_) = batchwise.softmax_launches(x, x, temperatures, valid)
-    launches = [(batchwise_kernels.mlkd_softmax_kernel, softmax)]
+    launches = [(mlkd_kernels.mlkd_softmax_kernel, softmax)]
     soft = softmax["soft"].new_empty(5, 2, 64, classes)
     for of_teacher in (False, True):
         dots, gradient = batchwise.gradient_launches(
-            x, soft, soft[:, 0], softmax["kl"], softmax["kl"], temperatures, of_teacher, valid
+            x, soft, soft[:, 0], softmax["kl"], temperatures, of_teacher, valid
         )
         launches += (
-            (batchwise_kernels.mlkd_dots_kernel, dots),
-            (batchwise_kernels.mlkd_gradient_kernel, gradient),
+            (mlkd_kernels.mlkd_dots_kernel, dots),
+            (mlkd_kernels.mlkd_gradient_kernel, gradient),
         )
     for kernel, launch in launches:
         assert_in_registers(compiled(kernel, launch, target), target, tmp_path)

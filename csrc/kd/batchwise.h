@@ -47,8 +47,9 @@ constexpr double dist_eps = 1e-8;
 // Logits of a side up to which the probabilities are kept: a few megabytes, which caches hold.
 constexpr int64_t dist_kept = 1 << 20;
 
-// Rows whose column moments one task accumulates; the partition depends on the shape alone, so that
-// sums are the same for any number of threads. At 32 rows, moments are a tenth of the logits' bytes.
+// Rows whose column moments one task accumulates; the partition depends on the shape alone, so
+// that sums are the same for any number of threads. At 32 rows, moments are a tenth of the logits'
+// bytes.
 static inline int64_t dist_block_rows(int64_t rows, int64_t classes) {
   constexpr int64_t least = 32, elements = 16384, most_blocks = 64;
   int64_t n = elements / (classes > 0 ? classes : 1);
@@ -65,8 +66,8 @@ static inline bool in_double(const DistParams& p) {
   return p.student.dtype == DType::float64 || p.teacher.dtype == DType::float64;
 }
 
-// Numbers from one row to the next of what stands between the steps: rows begin on cache lines, as a
-// vector across two of them costs two reads.
+// Numbers from one row to the next of what stands between the steps: rows begin on cache lines, as
+// a vector across two of them costs two reads.
 static inline int64_t dist_stride(const DistParams& p) { return (p.classes + 15) / 16 * 16; }
 
 // The memory of that, in doubles, and its parts.

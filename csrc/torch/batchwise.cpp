@@ -132,12 +132,12 @@ std::tuple<Tensor, Tensor, Tensor> mlkd_relate(Tensor soft, std::vector<double> 
 }
 
 std::tuple<Tensor, Tensor> mlkd_gradient(Tensor logits, Tensor soft,
-                                         std::optional<Tensor> relations, Tensor kl,
-                                         Tensor row_weight, std::vector<double> temperatures,
-                                         bool of_teacher, std::optional<Tensor> mask) {
+                                         std::optional<Tensor> relations, Tensor row_weight,
+                                         std::vector<double> temperatures, bool of_teacher,
+                                         std::optional<Tensor> mask) {
   kd::MlkdParams p = mlkd(logits, temperatures, mask);
   p.in_double = soft.scalar_type() == ScalarType::Double;
-  p.soft = soft.mutable_data_ptr(), p.kl = kl.mutable_data_ptr();
+  p.soft = soft.mutable_data_ptr();
   if (relations) p.relations = relations->const_data_ptr();
   p.row_weight = row_weight.const_data_ptr();
   p.of_teacher = of_teacher;

@@ -12,15 +12,17 @@ from kdkernels import ops
 from kdkernels.ops.batchwise import GRAD_TEMPERATURE, DistChoices, DistNumbers
 from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER, compute_dtype
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
-from kdkernels.triton.batchwise_kernels import (
+from kdkernels.triton.dist_kernels import (
     dist_columns_kernel,
     dist_gradient_kernel,
     dist_rows_kernel,
+)
+from kdkernels.triton.layout import Tile, addressable, common_unit, options, row_layout, tile
+from kdkernels.triton.mlkd_kernels import (
     mlkd_dots_kernel,
     mlkd_gradient_kernel,
     mlkd_softmax_kernel,
 )
-from kdkernels.triton.layout import Tile, addressable, common_unit, options, row_layout, tile
 
 # Of a program that walks down a few columns: a lane reads 16 bytes of a row.
 COLUMNS = Tile(32, 32, 4)
@@ -168,13 +170,13 @@ def _softmax(student, teacher, temperatures, mask=None):
 
 
 def gradient_launches(
-    logits, soft, relations, kl, row_weight, temperatures, of_teacher, valid=None
+    logits, soft, relations, row_weight, temperatures, of_teacher, valid=None
 ) -> tuple[dict, dict]:  # fmt: skip
     """Arguments of the kernels of the dot products and of the gradient."""
     rows, classes = soft.shape[2:]
     half = logits.dtype == torch.float16
     both = {
-        "soft": soft, "relations": relations, "kl": kl, "row_weight": row_weight, "valid": valid,
+        "soft": soft, "relations": relations, "row_weight": row_weight, "valid": valid,
         "dots": soft.new_empty(len(temperatures), rows),
         "row_factor": soft.new_empty(rows) if half else None,
         "rows": rows, "TEMPERATURES": tuple(temperatures), "OF_TEACHER": of_teacher,
@@ -183,9 +185,9 @@ def gradient_launches(
     return both, both | {"grad": logits.new_empty(logits.shape)}
 
 
-def _gradient(logits, soft, relations, kl, row_weight, temperatures, of_teacher, mask=None):
+def _gradient(logits, soft, relations, row_weight, temperatures, of_teacher, mask=None):
     dots, gradient = gradient_launches(
-        logits, soft, relations, kl, row_weight, temperatures, of_teacher, mask
+        logits, soft, relations, row_weight, temperatures, of_teacher, mask
     )
     if dots["rows"]:
         blocks = (triton.cdiv(dots["rows"], dots["ROWS"]),)

@@ -54,6 +54,13 @@ def row_sum(x):
 
 
 @triton.jit
+def half_scale(bound):
+    """A power of two that brings numbers up to ``bound`` to where fp16 holds them best."""
+    exponent = tl.floor(15.0 - tl.log2(tl.where(bound > 1e-15, bound, 1.0)))
+    return tl.exp2(tl.where(exponent < -60.0, -60.0, exponent))
+
+
+@triton.jit
 def finite_top(top):
     """A maximum fit to be subtracted: 0 as long as the row has shown no finite class."""
     return tl.where(top == -float("inf"), 0.0, top)

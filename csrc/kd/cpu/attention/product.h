@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix products in tiles of registers: per step of the depth two vectors of B are loaded and each
-// multiplied by an element of several rows of A. Included inside an ISA level's namespace.
+// multiplied by an element of several rows of A. Tasks are of rows, of which there may be many, and
+// read B, tokens or weights that caches hold, where it lies: packed panels of columns, as of
+// csrc/kd/cpu/batchwise/product.h, would be two or three tasks. Included inside an ISA level's
+// namespace.
 
 // Rows of a tile: with their sums, two vectors of B fit into the registers.
 constexpr int tile_rows = KD_BYTES == 64 ? 8 : 4;

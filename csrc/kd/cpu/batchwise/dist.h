@@ -117,7 +117,8 @@ void measure_columns(const DistParams& p, int64_t begin, int64_t end, const S* s
     const V first_s = read<V>(s + pivot + k, w, S(0)), first_t = read<V>(t + pivot + k, w, S(0));
     V of_s{}, of_t{}, total_s{}, total_t{};
     each([&](int64_t at) {
-      of_s += read<V>(s + at + k, w, S(0)) - first_s, of_t += read<V>(t + at + k, w, S(0)) - first_t;
+      of_s += read<V>(s + at + k, w, S(0)) - first_s;
+      of_t += read<V>(t + at + k, w, S(0)) - first_t;
     }, [&] { total_s += of_s, total_t += of_t, of_s = of_t = V{}; });
     const V centre_s = first_s + total_s * share, centre_t = first_t + total_t * share;
     V ss{}, tt{}, st{}, total_ss{}, total_tt{}, total_st{};

@@ -55,8 +55,10 @@ void softmax_row(const MlkdParams& p, int64_t i) {
       const SoftPair<S> c = k;
       V sums_s{}, sums_t{}, sums{};
       sweep<V>(n, [&](int m, auto w) {
-        const V zs = read_logits<V>(s + m, w), zt = read_logits<V>(t + m, w), d = c.log_ratio(zs, zt);
-        const V exp_s = exp_at_rate(zs - c.max_s, c.rate), exp_t = exp_at_rate(zt - c.max_t, c.rate);
+        const V zs = read_logits<V>(s + m, w), zt = read_logits<V>(t + m, w);
+        const V d = c.log_ratio(zs, zt);
+        const V exp_s = exp_at_rate(zs - c.max_s, c.rate);
+        const V exp_t = exp_at_rate(zt - c.max_t, c.rate);
         write<V>(to_p + first + m, w, exp_s), write<V>(to_d + first + m, w, exp_t);
         sums_s += exp_s, sums_t += exp_t;
         sums += select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
@@ -103,7 +105,7 @@ void relation_row(const MlkdParams& p, int64_t i) {
   const int64_t size = p.rows * p.classes;
   const S* const soft = (const S*)p.soft + i * p.classes;
   const S* const relations = (const S*)p.relations + i * p.classes;
-  // The teacher's gradient of the KL is the rowwise family's; see mlkd_loss in kdkernels/functional.
+  // The teacher's gradient of the KL is the rowwise family's: mlkd_loss in kdkernels/functional.
   const double own = p.of_teacher ? 0 : (double)((const S*)p.row_weight)[i];
   S weight[most_temperatures], dot[most_temperatures];
   for (int64_t j = 0; j < p.temperatures; j++)

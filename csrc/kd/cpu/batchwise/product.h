@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix products by panels of columns, one task each: the order of every sum, and so its bits, is
-// the same for any number of threads. Included inside an ISA level's namespace.
+// the same for any number of threads. B is the wide side here, a thousand classes of few samples,
+// or lies transposed: a panel of it is packed into L1 once, for all rows of A. Attention's products
+// (csrc/kd/cpu/attention/product.h) are of many rows with a small B. Included inside an ISA level's
+// namespace.
 
 template <class S>
 struct Matrix {
@@ -11,7 +14,8 @@ struct Matrix {
 
 // A tile (rows, vectors) of A B, or of A B added to C, of a packed panel of B.
 template <int rows, int vectors, class S>
-KD_FN void product_tile(int depth, const S* a, int64_t lda, const S* b, S* c, int64_t ldc, bool add) {
+KD_FN void product_tile(int depth, const S* a, int64_t lda, const S* b, S* c, int64_t ldc,
+                        bool add) {
   using V = typename VectorOf<S>::V;
   constexpr int width = Lanes<V>::count;
   V sums[rows][vectors]{};
@@ -42,7 +46,8 @@ void product_columns(const Matrix<S>& a, int64_t k, int depth, const S* b, S* c,
 // The first n <= panel columns of A B, whose b(k, j) is at b[k * row + j * column], into c, where
 // there is room for a whole panel.
 template <class S>
-void product(const Matrix<S>& a, const S* b, int64_t row, int64_t column, int n, S* c, int64_t ldc) {
+void product(const Matrix<S>& a, const S* b, int64_t row, int64_t column, int n, S* c,
+             int64_t ldc) {
   constexpr int width = Lanes<typename VectorOf<S>::V>::count;
   // Rows of B, packed in L1. Their products are summed before they join the others': the rounding
   // of one long sum grows with its length.

@@ -7,8 +7,8 @@
 // samples than classes; "near" are the relations along that side, "far" those along the other. With
 // F = P P' - Q Q', the near ones are ||F||^2; the far ones ||P' P - Q' Q||^2 =
 // 2 (<D D', M M'> + tr (M D')^2), M = P - D / 2. All is of the order of D, so that close
-// distributions do not cancel. Z has the rows of P, then those of D: Z D' are the Gram matrices, and
-// the gradients products (coefficients of P, of D) Z.
+// distributions do not cancel. Z has the rows of P, then those of D: Z D' are the Gram matrices,
+// and the gradients products (coefficients of P, of D) Z.
 
 template <class S>
 struct Relation {
@@ -56,8 +56,8 @@ struct Relation {
   // A panel of columns of Z times the transpose of its rows from `other` on.
   void gram(const Matrix<S>& a, const S* other, const Matrix<S>& to, int64_t at) const {
     const int64_t first = at * panel;
-    product(a, other + first * a.stride, 1, a.stride, part(to.columns, first),
-                  to.data + first, to.stride);
+    product(a, other + first * a.stride, 1, a.stride, part(to.columns, first), to.data + first,
+            to.stride);
   }
   void near_slopes(int64_t i) const {
     const int64_t n = p.n_near;
@@ -93,7 +93,7 @@ struct Relation {
   void far_gradient(int64_t at) const {
     const int64_t first = at * panel;
     product(slope_far, z_far.data + first, z_far.stride, 1, part(p.n_far, first),
-                  of_far.data + first, of_far.stride);
+            of_far.data + first, of_far.stride);
   }
   // A panel of columns of the gradient: near rows, and far columns added to them.
   void gradient(int64_t at) const {
