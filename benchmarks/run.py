@@ -25,8 +25,14 @@ IMAGE = (
     "learning_simplifier", "learning_simplifier_batch",
 )  # fmt: skip
 TOP_K = tuple(name for name in LOSSES if name.startswith("topk_"))
-# Over features, at shapes of their own.
+# Over features, at shapes of their own; of a network's three stages alone, the middle one.
 FEATURES = tuple(name for name, loss in LOSSES.items() if loss.features)
+FEATURE_CASES = tuple(
+    Case(name, shape)
+    for name in FEATURES
+    for shape in LOSSES[name].shapes
+    if not shape.endswith(("_stage1", "_stage3"))
+)
 OTHERS = tuple(
     name for name in LOSSES if name not in (*MAIN, *IMAGE, *TOP_K, *FEATURES, "pld_loss")
 )
@@ -45,7 +51,7 @@ def cases(device_type: str) -> list[Case]:
             *(Case(name, shape, dtype) for shape in GPU_SHAPES[:3] for dtype in ("bf16", "fp32")
               for name in MAIN),
             *(Case(name, shape) for shape in GPU_SHAPES[1:3] for name in IMAGE),
-            *(Case(name, shape) for name in FEATURES for shape in LOSSES[name].shapes),
+            *FEATURE_CASES,
             *(Case(name, "4096x32000", "bf16") for name in ("reverse_kl_div", "js_div",
                                                              "tv_distance", *TOP_K)),
             *(Case(name, shape, dtype) for dtype in ("bf16", "fp32") for shape in GPU_SHAPES[3:]
@@ -56,8 +62,8 @@ def cases(device_type: str) -> list[Case]:
         *(Case(name, "llama2_vocab", "bf16") for name in MAIN),
         *(Case(name, shape) for name in IMAGE for shape in ("cifar100_b64", "imagenet_b256")),
         *(Case(name, "llama2_vocab") for name in TOP_K),
+        *FEATURE_CASES,
         *(Case(name, "imagenet_b256") for name in OTHERS),
-        *(Case(name, shape) for name in FEATURES for shape in LOSSES[name].shapes),
     ]
 
 

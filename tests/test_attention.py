@@ -440,7 +440,7 @@ class TestModules:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"num_heads": 3}, "multiple of num_heads"),
+            ({"num_heads": 3}, r"num_heads must divide dim \(8\), got 3"),
             ({"dim": 0}, "dim must be at least 1"),
             ({"tokens": "row"}, "tokens must be one of"),
             ({"temperature": -1.0}, "temperature must be positive"),

@@ -94,9 +94,9 @@ def learning_simplifier(
         name, "temperature", temperature, teacher_logits, dtype
     )
     backend = backends.select("attention", teacher_logits.device.type, backend, name)
-    checks.group(name, group)
     if group is not None and tokens == "class":
         raise ValueError(f'{name}: group is for tokens="batch"; class tokens relate no rows.')
+    checks.group(name, group)
 
     with torch.autocast(teacher_logits.device.type, enabled=False):
         weights = {key: x.to(dtype) for key, x in weights.items()}
