@@ -35,11 +35,11 @@ def newest() -> list[Path]:
 
 
 def pairs(result: dict) -> list[tuple[dict, dict]]:
-    """Each case's rows with upstream gradient 1 and 0.5."""
+    """Each case's rows with upstream gradient 1 and 0.5; a run cut short may end with one alone."""
     by_case: dict[tuple, dict] = {}
     for row in result["rows"]:
         by_case.setdefault((row["loss"], row["shape"], row["dtype"]), {})[row["upstream"]] = row
-    return [(rows[1.0], rows[0.5]) for rows in by_case.values()]
+    return [(rows[1.0], rows[0.5]) for rows in by_case.values() if len(rows) == 2]
 
 
 def shape_name(row: dict) -> str:
