@@ -5,24 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from counting import Count
 
 from kdkernels.testing import LOSSES
-
-
-class _Count(TorchDispatchMode):
-    """Operators that touch data, and the largest tensor they make."""
-
-    def __init__(self):
-        super().__init__()
-        self.operators, self.largest = 0, 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **kwargs or {})
-        self.operators += not operator.is_view
-        if isinstance(result, torch.Tensor):
-            self.largest = max(self.largest, result.nbytes)
-        return result
 
 
 # Operators of a call, forward and backward, and the largest temporary in bytes, as measured in
@@ -42,10 +27,10 @@ def test_baselines_are_no_straw_men(name, shape, forward, backward, largest):
     loss = LOSSES[name]
     inputs = loss.inputs(*shape)
     leaves = [inputs[side].requires_grad_() for side in ("student", *loss.learned)]
-    with _Count() as count:
+    with Count() as count:
         value = loss.eager(**inputs, **loss.hyper)
     found = count.operators
-    with _Count() as count:
+    with Count() as count:
         torch.autograd.grad(value, leaves)
     assert 0.8 * forward <= found <= 1.2 * forward
     assert 0.8 * backward <= count.operators <= 1.2 * backward
@@ -70,11 +55,11 @@ def test_baselines_of_relations(name, shape, forward, backward, largest, part):
     loss = LOSSES[name]
     inputs = loss.inputs(*shape)
     leaves = [inputs[side].requires_grad_() for side in ("student", *loss.learned)]
-    with _Count() as count:
+    with Count() as count:
         value = loss.eager(**inputs, **loss.hyper)
     assert 0.8 * forward <= count.operators <= 1.2 * forward
     if largest:
         assert 0.8 * part * largest <= count.largest <= 1.2 * part * largest
-    with _Count() as count:
+    with Count() as count:
         torch.autograd.grad(value, leaves)
     assert 0.8 * backward <= count.operators <= 1.2 * backward

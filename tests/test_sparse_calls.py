@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counting import Count
 from test_grads import assert_gradients
 from test_sparse import ENTRIES, close, dense  # noqa: F401
-from test_values import _Count
 
 from kdkernels import checks
 from kdkernels import functional as kd
@@ -127,7 +127,7 @@ def test_nothing_as_wide_as_the_vocabulary_is_made_for_the_teacher(kernel, devic
     """Beside the gradient: O(N k)."""
     loss = LOSSES["topk_js"]
     inputs = loss.inputs(8, 32000, device=device)
-    with _Count() as count, torch.no_grad():
+    with Count() as count, torch.no_grad():
         loss(inputs, backend=kernel)
     assert count.largest <= inputs["topk_indices"].nbytes
 

@@ -10,8 +10,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import Count
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels.modules as modules
 from kdkernels import functional as kd
@@ -45,21 +45,6 @@ def test_reference_is_the_published_formula(loss):
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-9, atol=1e-11)
 
 
-class _Count(TorchDispatchMode):
-    """Operators that touch data, and the largest tensor they make."""
-
-    def __init__(self):
-        super().__init__()
-        self.operators, self.largest = 0, 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **kwargs or {})
-        self.operators += not operator.is_view
-        if isinstance(result, torch.Tensor):
-            self.largest = max(self.largest, result.nbytes)
-        return result
-
-
 @pytest.mark.parametrize(
     ("name", "forward", "backward", "largest"),
     [
@@ -76,11 +61,11 @@ def test_baselines_are_no_straw_men(name, forward, backward, largest):
     """Operators and temporaries of the suites' own code, measured at 512 x 1000, within a fifth."""
     inputs = LOSSES[name].inputs(512, 1000)
     student = inputs["student"].requires_grad_()
-    with _Count() as count:
+    with Count() as count:
         value = LOSSES[name].eager(**inputs, **LOSSES[name].hyper)
     assert 0.8 * forward <= count.operators <= 1.2 * forward
     assert 0.8 * largest <= count.largest <= 1.2 * largest
-    with _Count() as count:
+    with Count() as count:
         torch.autograd.grad(value, student)
     assert 0.8 * backward <= count.operators <= 1.2 * backward
     assert count.largest <= 1.2 * largest
