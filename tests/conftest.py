@@ -68,6 +68,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Networks as small as the tests' are slower on several, and processes must agree on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def prefer():
     """``kdkernels.backends.set_backend`` for one test."""

@@ -100,13 +100,7 @@ def train(tokens: str, width: int, ce_weight: float = 1.0, seed: int = 2) -> Out
         )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So small, the networks are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("width", [8, 64])

@@ -18,14 +18,7 @@ from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import Output
 from kdkernels.train.taps import Tapped
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are slower on several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -25,13 +25,7 @@ ARGUMENTS = OPTIONS.split()
 LIMIT_SECONDS = 60
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small are slower on several, and the processes must agree on the number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train_until_killed(out, *, after_step):
