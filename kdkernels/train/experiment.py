@@ -29,6 +29,7 @@ from kdkernels.train.loop import fit
 from kdkernels.train.methods import METHODS, Composite, Method
 from kdkernels.train.metrics import accuracy, predict, summarise
 from kdkernels.train.models import build_model
+from kdkernels.train.teachers import Teacher
 
 
 def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -67,8 +68,9 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     teachers = []
     if teacher:
         name, model = teacher
-        teachers = [freeze(fabric, model)]
-        test_accuracy = accuracy(*predict(teachers[0], data, data.test, fabric.device))
+        teachers = [model]
+        frozen = Teacher(fabric, model)
+        test_accuracy = accuracy(*predict(frozen, data, data.test, fabric.device))
         results["teacher"] = {"model": name, "test": {"accuracy": test_accuracy}}
     runs = []
     for seed in config.seed:
@@ -190,11 +192,6 @@ def make_fabric(config: Config) -> Fabric:
         raise InputError(
             f"--accelerator {config.accelerator} --precision {config.precision}: {error}"
         ) from error
-
-
-def freeze(fabric: Fabric, teacher: nn.Module) -> nn.Module:
-    """The teacher on the device, in evaluation mode, its weights fixed."""
-    return fabric.setup_module(teacher.requires_grad_(False)).eval()
 
 
 def claim(out: Path, record: dict[str, Any], *, resume: bool) -> None:

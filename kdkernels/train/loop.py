@@ -30,6 +30,7 @@ from kdkernels.train.errors import DivergedError
 from kdkernels.train.methods import Method
 from kdkernels.train.metrics import accuracy, measure, predict
 from kdkernels.train.taps import Tapped
+from kdkernels.train.teachers import Teachers
 
 MOMENTUM = 0.9
 # The multistep schedule: a tenth of the learning rate after each of these shares of the steps.
@@ -59,15 +60,13 @@ def fit(
 ) -> dict[str, Any]:
     """Train ``student``, leave it with the weights of its best epoch, and return the results.
 
-    ``teachers`` are frozen and on the device; the student is measured against the first. Writes
+    ``teachers`` are frozen; the student is measured against the first. Writes
     ``checkpoint.pt`` and ``log.jsonl`` into ``out`` and goes on from a checkpoint found there.
     """
     device = fabric.device
     student_taps, *teacher_taps = method.taps(student, teachers)
     network = Tapped(student, student_taps, what="student")
-    teachers = [
-        Tapped(t, paths, what="teacher") for t, paths in zip(teachers, teacher_taps, strict=True)
-    ]
+    teachers = Teachers(fabric, teachers, teacher_taps)
     dry_run(method, network, teachers, data, device)
     batches = Batches(
         data,
@@ -113,10 +112,7 @@ def fit(
                 group["lr"] = lr * factor
 
             batch = batches(state.step)
-            with torch.no_grad():
-                teacher_out = [
-                    teachers[index](batch.images) for index in method.teachers(state.step)
-                ]
+            teacher_out = teachers(batch, method.teachers(state.step))
             student_out = model(batch.images)
             clock.loss_starts(student_out.logits)
             terms = method.losses(batch, student_out, method.teach(batch, teacher_out))
@@ -165,7 +161,7 @@ def fit(
 def dry_run(
     method: Method,
     student: nn.Module,
-    teachers: Sequence[nn.Module],
+    teachers: Teachers,
     data: Dataset,
     device: torch.device,
 ) -> None:

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run's teachers: frozen networks, asked by position, tapped where a method wants it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+
+from kdkernels.train.data import Batch
+from kdkernels.train.models import build_model
+from kdkernels.train.teachers import Teachers
+
+SHAPE = (8, 8, 1)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    return [build_model(name, SHAPE, 10) for name in ("convnet4", "mlp8")]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+def test_teachers_answer_in_the_order_asked_for(networks, precision):
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    teachers = Teachers(fabric, networks, [("stages.0",), ()])
+    batch = Batch(torch.randn(5, 1, 8, 8), torch.zeros(5, dtype=torch.int64))
+    mlp, convnet = teachers(batch, (1, 0))
+    for out, network in ((convnet, networks[0]), (mlp, networks[1])):
+        expected = network.float()(batch.images)
+        torch.testing.assert_close(out.logits.float(), expected, rtol=0.1, atol=0.05)
+        assert not out.logits.requires_grad and not network.training
+    assert convnet.features["stages.0"].shape == (5, 4, 8, 8) and not mlp.features
+    assert not any(parameter.requires_grad for parameter in teachers.parameters())
