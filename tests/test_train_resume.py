@@ -15,7 +15,7 @@ import torch
 
 from kdkernels.train import InputError, checkpoint
 from kdkernels.train.cli import main
-from kdkernels.train.loop import State, restore, save
+from kdkernels.train.state import State, restore, save
 
 OPTIONS = (
     "--method ce --student convnet2 --epochs 4 --batch-size 32 --checkpoint-every 1 "

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is trained, as one module: the student and the method's own parameters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from kdkernels.train.clock import StepClock
+from kdkernels.train.data import Batch, Dataset
+from kdkernels.train.methods import Method, Output
+from kdkernels.train.taps import Tapped
+from kdkernels.train.teachers import Teachers
+
+
+class Learner(nn.Module):
+    """The student's answer to images, or the loss of a batch and its terms.
+
+    One module, whose ``forward`` has all that gradients come from: a wrapper for several processes
+    sees the method's parameters too. The student runs at Fabric's precision, the losses in float32
+    or better.
+    """
+
+    def __init__(self, fabric: Fabric, student: Tapped, method: Method) -> None:
+        super().__init__()
+        self.student, self.method = student, method
+        self.precision, self.device_type = fabric.strategy.precision, fabric.device.type
+
+    def forward(
+        self,
+        images: Tensor,
+        batch: Batch | None = None,
+        teacher_out: Sequence[Output] = (),
+        step: int = 0,
+        clock: StepClock | None = None,
+    ) -> Output | tuple[Tensor, dict[str, Tensor]]:
+        student_out = self.student(images)
+        if batch is None:
+            return student_out
+        student_out = self.precision.convert_output(student_out)
+        clock.loss_starts(student_out.logits)
+        with torch.autocast(self.device_type, enabled=False):
+            teacher_out = self.method.teach(batch, teacher_out)
+            terms = self.method.losses(batch, student_out, teacher_out)
+            return weighted_sum(terms, self.method.weights(step)), terms
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum of the terms; a lone term of weight 1 is handed on as it is, without an operation."""
+    weighted = [weights[name] * term if name in weights else term for name, term in terms.items()]
+    return functools.reduce(torch.add, weighted)
+
+
+def dry_run(method: Method, student: nn.Module, teachers: Teachers, data: Dataset, fabric: Fabric):
+    """Show the method two images' outputs, for what it makes of their shapes."""
+    height, width, channels = data.shape
+    images = torch.zeros(2, channels, height, width)
+    training = student.training
+    with torch.no_grad():
+        outputs = [student.eval()(images), *(t(images.to(fabric.device)) for t in teachers)]
+    student.train(training)
+    method.setup(outputs[0], outputs[1:])
