@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: Apache-2.0
+// device.h for a GPU: CUDA C++ and PTX, compiled by nvcc.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define KD_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
+#define KD_PARAM const __grid_constant__
+#define KD_DEVICE __device__ __forceinline__
+#define KD_BOTH __host__ __device__ __forceinline__
+
+namespace kd::cuda {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define KD_SM90 1
+constexpr bool has_clusters = true;
+#else
+#define KD_SM90 0
+constexpr bool has_clusters = false;
+#endif
+
+// Indices ------------------------------------------------------------------------------------------
+
+KD_DEVICE int thread_index() { return threadIdx.x; }
+KD_DEVICE int block_threads() { return blockDim.x; }
+KD_DEVICE int block_index() { return blockIdx.x; }
+KD_DEVICE int grid_blocks() { return gridDim.x; }
+KD_DEVICE int lane_index() { return threadIdx.x % warp_threads; }
+KD_DEVICE int warp_index() { return threadIdx.x / warp_threads; }
+KD_DEVICE int cluster_rank() {
+  int rank = 0;
+#if KD_SM90
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+KD_DEVICE int cluster_size() {
+  int size = 1;
+#if KD_SM90
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+
+// Synchronisation and warps ------------------------------------------------------------------------
+
+constexpr unsigned whole_warp = 0xffffffffu;
+
+KD_DEVICE void sync_block() { __syncthreads(); }
+KD_DEVICE void sync_warp() { __syncwarp(); }
+KD_DEVICE void cluster_arrive() {
+#if KD_SM90
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+KD_DEVICE void cluster_wait() {
+#if KD_SM90
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+KD_DEVICE void sync_cluster() {
+  cluster_arrive();
+  cluster_wait();
+}
+
+template <class T>
+KD_DEVICE T shuffle(T v, int lane) { return __shfl_sync(whole_warp, v, lane); }
+template <class T>
+KD_DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(whole_warp, v, mask); }
+template <class T>
+KD_DEVICE T shuffle_down(T v, int by) { return __shfl_down_sync(whole_warp, v, by); }
+KD_DEVICE bool vote_any(bool p) { return __any_sync(whole_warp, p); }
+KD_DEVICE bool vote_all(bool p) { return __all_sync(whole_warp, p); }
+KD_DEVICE uint32_t ballot(bool p) { return __ballot_sync(whole_warp, p); }
+
+KD_DEVICE void fence_device() { __threadfence(); }
+template <class T>
+KD_DEVICE T atomic_add(T* p, T v) { return atomicAdd(p, v); }
+
+// Shared memory ------------------------------------------------------------------------------------
+
+template <class T>
+struct Shared {
+  T* data;
+  int count;
+
+  KD_DEVICE T& operator[](int i) const { return data[i]; }
+  template <int N>
+  KD_DEVICE Pack<T, N> pack(int i) const { return *(const Pack<T, N>*)(data + i); }
+  template <int N>
+  KD_DEVICE void set_pack(int i, Pack<T, N> p) const { *(Pack<T, N>*)(data + i) = p; }
+  KD_BOTH Shared slice(int first, int n) const { return {data + first, n}; }
+};
+
+KD_DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+struct Barrier {
+  uint32_t address;
+
+  KD_DEVICE void init(int count) const {
+#if KD_SM90
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(count) : "memory");
+#endif
+  }
+  KD_DEVICE void arrive() const {
+#if KD_SM90
+    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+#endif
+  }
+  KD_DEVICE void arrive_expecting(int bytes) const {
+#if KD_SM90
+    asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address),
+                 "r"(bytes)
+                 : "memory");
+#endif
+  }
+  KD_DEVICE void wait(int parity) const {
+#if KD_SM90
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra WAIT_%=;\n}" ::"r"(address),
+        "r"(parity)
+        : "memory");
+#endif
+  }
+  KD_DEVICE void wait_cluster(int parity) const {
+#if KD_SM90
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra WAIT_%=;\n}" ::"r"(address),
+        "r"(parity)
+        : "memory");
+#endif
+  }
+};
+
+struct RemoteBarrier {
+  uint32_t address;  // in the cluster's shared memory
+
+  KD_DEVICE void arrive() const {
+#if KD_SM90
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
+                 : "memory");
+#endif
+  }
+};
+
+struct Barriers {
+  uint64_t* data;
+
+  KD_DEVICE Barrier operator[](int i) const { return {shared_address(data + i)}; }
+};
+
+KD_DEVICE void fence_barriers() {
+#if KD_SM90
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+class SharedMemory {
+ public:
+  KD_BOTH explicit SharedMemory(char* base = nullptr) : base_(base) {}
+  template <class T>
+  KD_BOTH Shared<T> take(int n) {
+    return {(T*)reserve(n * sizeof(T)), n};
+  }
+  KD_BOTH Barriers barriers(int n) { return {(uint64_t*)reserve(n * sizeof(uint64_t))}; }
+  KD_BOTH size_t bytes() const { return used_; }
+
+ private:
+  KD_BOTH char* reserve(size_t bytes) {
+    char* start = base_ + used_;
+    used_ += (bytes + 15) / 16 * 16;
+    return start;
+  }
+  char* base_;
+  size_t used_ = 0;
+};
+
+KD_DEVICE SharedMemory shared_memory() {
+  extern __shared__ __align__(128) char kd_shared_memory[];
+  return SharedMemory(kd_shared_memory);
+}
+
+template <class T>
+KD_DEVICE Shared<T> remote(Shared<T> a, int rank) {
+#if KD_SM90
+  asm("mapa.u64 %0, %1, %2;" : "=l"(a.data) : "l"(a.data), "r"(rank));
+#endif
+  return a;
+}
+KD_DEVICE uint32_t remote_address(uint32_t address, int rank) {
+#if KD_SM90
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
+#endif
+  return address;
+}
+KD_DEVICE RemoteBarrier remote(Barrier b, int rank) { return {remote_address(b.address, rank)}; }
+
+// Asynchronous copies ------------------------------------------------------------------------------
+
+template <class T>
+KD_DEVICE void copy_async(Shared<T> to, const T* from, int n, Barrier barrier) {
+#if KD_SM90
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to.data)),
+      "l"(__cvta_generic_to_global(from)), "r"((int)(n * sizeof(T))), "r"(barrier.address)
+      : "memory");
+#endif
+}
+template <class T>
+KD_DEVICE void send_async(Shared<T> to, int i, T v, Barrier barrier, int rank) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+#if KD_SM90
+  const uint32_t address = remote_address(shared_address(to.data + i), rank);
+  const uint32_t counter = remote_address(barrier.address, rank);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+        "r"(bits), "r"(counter)
+        : "memory");
+  } else {
+    uint64_t bits;
+    memcpy(&bits, &v, 8);
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address),
+        "l"(bits), "r"(counter)
+        : "memory");
+  }
+#endif
+}
+KD_DEVICE void fence_async() {
+#if KD_SM90
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+template <class T>
+KD_DEVICE void copy16_async(Shared<T> to, const T* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to.data)),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+KD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+KD_DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Global memory ------------------------------------------------------------------------------------
+
+namespace detail {
+template <int bytes> struct Word;
+template <> struct Word<1> { using type = unsigned char; };
+template <> struct Word<2> { using type = unsigned short; };
+template <> struct Word<4> { using type = unsigned int; };
+template <> struct Word<8> { using type = uint2; };
+template <> struct Word<16> { using type = uint4; };
+}  // namespace detail
+
+template <int N, class T>
+KD_DEVICE Pack<T, N> load(const T* p) {
+  using W = typename detail::Word<sizeof(T) * N>::type;
+  const W w = __ldg((const W*)p);
+  Pack<T, N> out;
+  memcpy(&out, &w, sizeof(w));
+  return out;
+}
+template <int N, class T>
+KD_DEVICE Pack<T, N> load_once(const T* p) {
+  using W = typename detail::Word<sizeof(T) * N>::type;
+  const W w = __ldcs((const W*)p);
+  Pack<T, N> out;
+  memcpy(&out, &w, sizeof(w));
+  return out;
+}
+template <class T, int N>
+KD_DEVICE void store(T* p, Pack<T, N> v) {
+  *(Pack<T, N>*)p = v;
+}
+template <class T, int N>
+KD_DEVICE void store_once(T* p, Pack<T, N> v) {
+  typename detail::Word<sizeof(T) * N>::type w;
+  memcpy(&w, &v, sizeof(w));
+  __stcs((decltype(w)*)p, w);
+}
+
+// Numbers ------------------------------------------------------------------------------------------
+
+KD_DEVICE float to_float(float x) { return x; }
+KD_DEVICE double to_float(double x) { return x; }
+KD_DEVICE float to_float(bfloat16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
+KD_DEVICE float to_float(float16 x) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
+  return f;
+}
+template <class T, class S>
+KD_DEVICE T from_float(S x) {
+  if constexpr (sizeof(T) == 2) {
+    T out;
+    if constexpr (sizeof(decltype(out.bits)) == 2 && __is_same(T, bfloat16))
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"((float)x));
+    else
+      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"((float)x));
+    return out;
+  } else {
+    return (T)x;
+  }
+}
+
+KD_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+KD_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+KD_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Host ---------------------------------------------------------------------------------------------
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("kdkernels: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// Of the current device; asked for once, since the queries cost as much as a launch.
+inline const Properties& properties() {
+  constexpr int most = 64;
+  static Properties known[most] = {};
+  int device = 0;
+  check(cudaGetDevice(&device), "which device");
+  Properties& p = known[device % most];
+  if (p.capability == 0) {
+    const auto ask = [&](cudaDeviceAttr attribute) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, attribute, device), "device attributes");
+      return value;
+    };
+    p.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+    p.shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    p.capability =
+        10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+  }
+  return p;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Launch& how, const Arguments&... arguments) {
+  if (how.shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               (int)how.shared_bytes),
+          how.name);
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {(unsigned)how.cluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)how.blocks);
+  config.blockDim = dim3((unsigned)how.threads);
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = (cudaStream_t)how.stream;
+  config.attrs = &cluster;
+  config.numAttrs = how.cluster > 1;
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), how.name);
+}
+
+}  // namespace kd::cuda
