@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kdkernels import functional as KF
-from kdkernels.train import Config, InputError, loop, run
+from kdkernels.train import Config, InputError, checkpoint, loop, run
 from kdkernels.train.data import Batch
 from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import Output
@@ -109,7 +109,11 @@ def test_skd_simplifies_for_every_method_it_is_composed_with(step):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("kd+none", {}, "--method: expected one of ce, dkd, kd, skd, or several.* 'none'"),
+        (
+            "kd+none",
+            {},
+            "--method: expected one of at, ce, crd, dkd, fitnet, kd, skd, or several.* 'none'",
+        ),
         ("kd+kd", {}, "expected each method once"),
         ("ce+dkd", {"tokens": "class"}, "--tokens: not an option of --method ce.dkd"),
         ("dkd", {"warmup": 0}, "--warmup: expected a number above 0, got 0"),
@@ -178,12 +182,13 @@ def test_skd_run_reports_its_target_and_exports_the_student_alone(tmp_path, toke
         assert not [key for key in file.keys() if "simplifier" in key or "network" in key]
 
 
-def test_a_composed_run_resumes_bit_equal(tmp_path):
+@pytest.mark.parametrize(("method", "options"), [("skd+dkd", {}), ("crd", {"negatives": 64})])
+def test_runs_with_a_state_of_their_own_resume_bit_equal(tmp_path, method, options):
     config = {
-        "method": "skd+dkd", "student": "mlp8", "teacher": "mlp16", "teacher_epochs": 2,
+        "method": method, "student": "mlp8", "teacher": "mlp16", "teacher_epochs": 2,
         "epochs": 4, "accelerator": "cpu",
     }  # fmt: skip
-    whole = run(Config(**config, out=str(tmp_path / "whole")))
+    whole = run(Config(**config, out=str(tmp_path / "whole")), options)
     # Stopped inside an epoch, then taken up by a run that goes on to the end.
     save, saves = loop.save, []
 
@@ -197,7 +202,13 @@ def test_a_composed_run_resumes_bit_equal(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "save", save_and_stop)
         with pytest.raises(Stop):
-            run(stopped)
-    again = run(Config(**config, checkpoint_every=10, out=str(tmp_path / "again"), resume=True))
+            run(stopped, options)
+    resumed = Config(**config, checkpoint_every=10, out=str(tmp_path / "again"), resume=True)
+    again = run(resumed, options)
     assert again["runs"][0]["val"] == whole["runs"][0]["val"]
     assert again["runs"][0]["test"] == whole["runs"][0]["test"]
+    states = [
+        checkpoint.load_state(tmp_path / out / "seed-0/checkpoint.pt") for out in ("whole", "again")
+    ]
+    for part in ("student", "method", "optimizer", "rng"):
+        torch.testing.assert_close(*(state[part] for state in states), rtol=0, atol=0)

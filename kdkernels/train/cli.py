@@ -7,7 +7,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -68,9 +68,10 @@ def make_parser() -> ArgumentParser:
     for name, uses in users.items():
         defaults = ", ".join(f"{method}: {parameter.default}" for method, parameter in uses)
         first = uses[0][1]
-        group.add_argument(
-            option(name), type=first.type | None, help=f"{first.help} Default for {defaults}."
-        )
+        settings = {"type": first.type | None}
+        if list[str] in get_args(first.type):
+            settings = {"type": str, "nargs": "+"}
+        group.add_argument(option(name), **settings, help=f"{first.help} Default for {defaults}.")
     return parser
 
 

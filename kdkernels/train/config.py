@@ -15,8 +15,8 @@ class Config:
     """Train a student on images, alone (ce) or with a teacher.
 
     Args:
-        method: ce, dkd, kd or skd, or several joined by + (skd+dkd); their own options follow by
-            their own names, and go to each method that has them.
+        method: at, ce, crd, dkd, fitnet, kd or skd, or several joined by + (skd+dkd); their own
+            options follow by their own names, and go to each method that has them.
         data: "digits", or a folder or a tar of one: cifar-10-batches-py or cifar-100-python, images
             (train|val|test/<class>/*, or <class>/*), or arrays (images.npy and labels.npy, also as
             an .npz).

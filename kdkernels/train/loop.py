@@ -23,7 +23,7 @@ from kdkernels.train.clock import StepClock
 from kdkernels.train.config import Config
 from kdkernels.train.data import Batches, Dataset
 from kdkernels.train.learner import Learner, dry_run
-from kdkernels.train.methods import Method
+from kdkernels.train.methods import Method, Run
 from kdkernels.train.metrics import accuracy, measure, predict
 from kdkernels.train.optimizer import make_optimizer, set_lr
 from kdkernels.train.records import add_to_tally, close_epoch, results
@@ -49,12 +49,6 @@ def fit(
     ``checkpoint.pt`` and ``log.jsonl`` into ``out`` and goes on from a checkpoint found there.
     """
     device = fabric.device
-    student_taps, *teacher_taps = method.taps(student, teachers)
-    network = Tapped(student, student_taps, what="student")
-    teachers = Teachers(fabric, teachers, teacher_taps)
-    dry_run(method, network, teachers, data, fabric)
-    model = fabric.setup_module(Learner(fabric, network, method))
-    optimizer = fabric.setup_optimizers(make_optimizer(student, method, config))
     batches = Batches(
         data,
         batch_size=config.batch_size,
@@ -64,6 +58,13 @@ def fit(
         device=device,
     )
     last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
+    method.begin(Run(data, last_step, batches.per_epoch))
+    student_taps, *teacher_taps = method.taps(student, teachers)
+    network = Tapped(student, student_taps, what="student")
+    teachers = Teachers(fabric, teachers, teacher_taps)
+    dry_run(method, network, teachers, data, fabric)
+    model = fabric.setup_module(Learner(fabric, network, method))
+    optimizer = fabric.setup_optimizers(make_optimizer(student, method, config))
 
     state = State()
     checkpointed = {"student": student, "method": method, "optimizer": optimizer}

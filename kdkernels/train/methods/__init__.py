@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training methods by name; a new one is a file here and a line in ``METHODS``."""
 
-from kdkernels.train.methods.base import Method, Output
+from kdkernels.train.methods.at import AT
+from kdkernels.train.methods.base import Method, Output, Run
 from kdkernels.train.methods.ce import CE
 from kdkernels.train.methods.composite import Composite
+from kdkernels.train.methods.crd import CRD
 from kdkernels.train.methods.dkd import DKD
+from kdkernels.train.methods.fitnet import FitNet
 from kdkernels.train.methods.kd import KD
 from kdkernels.train.methods.skd import SKD
 
-__all__ = ["METHODS", "Composite", "Method", "Output"]
+__all__ = ["METHODS", "Composite", "Method", "Output", "Run"]
 
-METHODS: dict[str, type[Method]] = {"ce": CE, "dkd": DKD, "kd": KD, "skd": SKD}
+METHODS: dict[str, type[Method]] = {
+    "at": AT,
+    "ce": CE,
+    "crd": CRD,
+    "dkd": DKD,
+    "fitnet": FitNet,
+    "kd": KD,
+    "skd": SKD,
+}

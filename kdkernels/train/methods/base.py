@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdkernels.train.data import Batch
+from kdkernels.train.data import Batch, Dataset
+
+
+class Run(NamedTuple):
+    """What a method may know of the run it takes part in."""
+
+    data: Dataset
+    steps: int  # of the whole training
+    steps_per_epoch: int
+    group: Any = None  # of the processes that share it, for losses over the batch
 
 
 class Output(NamedTuple):
@@ -37,6 +46,10 @@ class Method(nn.Module):
     def __init__(self, backend: str = "auto") -> None:
         super().__init__()
         self.backend = backend
+
+    def begin(self, run: Run) -> None:
+        """Called first: how long the run is and on what data."""
+        self.run = run
 
     def taps(self, student: nn.Module, teachers: Sequence[nn.Module]) -> list[Sequence[str]]:
         """Paths of the modules whose outputs it needs: the student's, then each teacher's."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdkernels.train.data import Batch
-from kdkernels.train.methods.base import Method, Output
+from kdkernels.train.methods.base import Method, Output, Run
 
 
 class Composite(Method):
@@ -25,6 +25,10 @@ class Composite(Method):
         self.methods = nn.ModuleDict(methods)
         for method in list(methods.values())[1:]:
             method.ce_weight = 0.0
+
+    def begin(self, run: Run) -> None:
+        for method in self.methods.values():
+            method.begin(run)
 
     def taps(self, student: nn.Module, teachers: Sequence[nn.Module]) -> list[Sequence[str]]:
         wanted = [method.taps(student, teachers) for method in self.methods.values()]

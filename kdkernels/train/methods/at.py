@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention transfer (arXiv 1612.03928)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdkernels import functional as KF
+from kdkernels.train.data import Batch
+from kdkernels.train.errors import InputError
+from kdkernels.train.methods.base import Output
+from kdkernels.train.methods.features import FeatureMethod
+from kdkernels.train.models import Taps
+
+
+class AT(FeatureMethod):
+    """CE + weight x squared distance of normalised spatial attention, at the end of every stage.
+
+    RepDistiller's and mdistiller's weight, power and places, which agree.
+
+    Args:
+        at_weight: weight of the distance; the cross-entropy's is 1.
+        power: of the features, whose mean over channels is the attention.
+        student_taps: paths of the modules of the student whose outputs are compared, <path>:input
+            for what one takes instead; those usual in the literature if not given.
+        teacher_taps: the same of the teacher, one for each of the student.
+    """
+
+    def __init__(
+        self,
+        at_weight: float = 1000.0,
+        power: int = 2,
+        student_taps: list[str] | None = None,
+        teacher_taps: list[str] | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(student_taps, teacher_taps, backend=backend)
+        if power < 1:
+            raise InputError(f"--power: expected 1 or more, got {power}")
+        self.at_weight, self.power = at_weight, power
+
+    @staticmethod
+    def usual(taps: Taps) -> Sequence[str]:
+        return taps.stages
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        return {"at": self.at_weight}
+
+    def losses(
+        self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
+    ) -> dict[str, Tensor]:
+        student, teacher = self.features(student_out, teacher_out)
+        terms = {
+            "at": KF.attention_transfer(student, teacher, power=self.power, backend=self.backend)
+        }
+        if self.ce_weight:
+            terms["ce"] = F.cross_entropy(student_out.logits, batch.labels)
+        return terms
