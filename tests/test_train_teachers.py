@@ -25,7 +25,7 @@ def networks():
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
 def test_teachers_answer_in_the_order_asked_for(networks, precision):
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-    teachers = Teachers(fabric, networks, [("stages.0",), ()])
+    teachers = Teachers(fabric, networks, [("stages.0",), ()]).train()
     batch = Batch(torch.randn(5, 1, 8, 8), torch.zeros(5, dtype=torch.int64))
     mlp, convnet = teachers(batch, (1, 0))
     for out, network in ((convnet, networks[0]), (mlp, networks[1])):

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -24,7 +25,12 @@ class Teacher(nn.Module):
         super().__init__()
         self.precision = fabric.strategy.precision
         network = self.precision.convert_module(network.requires_grad_(False).eval())
-        self.network = Tapped(fabric.to_device(network), taps, what="teacher").eval()
+        self.network = Tapped(fabric.to_device(network), taps, what="teacher")
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode, whatever is asked for."""
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Output:
@@ -38,6 +44,8 @@ class Teachers(nn.ModuleList):
 
     ``taps`` are for each of the ``networks`` the paths of the modules whose outputs are wanted too.
     """
+
+    cost: Mapping[str, Any] = {}  # what a cache of them has to report
 
     def __init__(
         self, fabric: Fabric, networks: Sequence[nn.Module], taps: Sequence[Sequence[str]]
