@@ -36,8 +36,16 @@ class Config:
         weight_decay: L2 penalty of all weights.
         augment: crop (after padding), flip and cutout, those wanted joined by dashes as in
             crop-flip, or none; auto takes what suits the data set.
+        augment_seed: seed of augmentation, the run's own if not given; runs that share it can share
+            what a teacher cache holds.
         mixup: mix images and labels by shares drawn from Beta(mixup, mixup); 0 does not.
         seed: one run for each; initial weights and the order of the images come from it.
+        teacher_cache: folder in which the teacher's outputs are kept, by data, weights,
+            augmentation and its seed; made before training, where missing, for this and later runs.
+        cache_views: so many augmented views of each image in all, over and over, which the cache
+            has to hold; new ones in every epoch if not given.
+        cache_dtype: precision of the cache; fp32 trains to the same bits as the teacher itself.
+        cache_topk: keep only the k largest logits, for methods that can do with them (kd).
         backend: which implementation runs the distillation losses.
         accelerator: the device to train on.
         precision: of the networks; losses are computed in float32 or better.
@@ -65,8 +73,13 @@ class Config:
     schedule: Literal["cosine", "multistep"] = "cosine"
     weight_decay: float = 5e-4
     augment: str = "auto"
+    augment_seed: int | None = None
     mixup: float = 0.0
     seed: tuple[int, ...] = (0,)
+    teacher_cache: str | None = None
+    cache_views: int | None = None
+    cache_dtype: Literal["fp32", "fp16"] = "fp32"
+    cache_topk: int | None = None
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
@@ -79,25 +92,35 @@ class Config:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "batch_size", "lr", "teacher_epochs", "image_size"):
+        for name in (
+            "epochs", "max_steps", "batch_size", "lr", "teacher_epochs", "image_size",
+            "cache_views", "cache_topk",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{option(name)}: expected a number above 0, got {value}")
-        for name in ("weight_decay", "checkpoint_every", "mixup"):
+        for name in ("weight_decay", "checkpoint_every", "mixup", "augment_seed"):
             value = getattr(self, name)
-            if not value >= 0:
+            if value is not None and not value >= 0:
                 raise InputError(f"{option(name)}: expected 0 or more, got {value}")
         if not self.seed or len(set(self.seed)) < len(self.seed) or min(self.seed) < 0:
             raise InputError(f"--seed: expected different numbers from 0 up, got {list(self.seed)}")
         if self.augment != "auto":
             Augmentation.parse(self.augment)
+        if self.teacher_cache:
+            if self.mixup:
+                raise InputError("--teacher-cache: keeps nothing of mixed images; drop --mixup")
+            if self.precision == "64-true":
+                raise InputError("--teacher-cache: keeps float32 at most; drop --precision 64-true")
+        elif self.cache_dtype != "fp32" or self.cache_topk:
+            raise InputError("--cache-dtype, --cache-topk: expected --teacher-cache with them")
         if self.teacher and self.teacher_checkpoint:
             raise InputError("--teacher and --teacher-checkpoint: expected one of them, got both")
 
     def resolved(self) -> dict[str, Any]:
         """What decides the results, for the record and for comparison when resuming."""
         record = asdict(self)
-        for name in ("out", "resume", "cache_dir"):
+        for name in ("out", "resume", "cache_dir", "teacher_cache"):
             del record[name]
         return record | {"seed": list(self.seed)}
 

@@ -130,6 +130,11 @@ def trained_teacher(
         student=config.teacher,
         epochs=config.teacher_epochs or config.epochs,
         max_steps=None if config.teacher_epochs else config.max_steps,
+        teacher_cache=None,
+        cache_views=None,
+        cache_dtype="fp32",
+        cache_topk=None,
+        augment_seed=None,
     )
     method = make_method("ce", config.backend, {})
     train(fabric, method, [], data, as_student, config.teacher_seed, out)

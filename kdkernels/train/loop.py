@@ -18,7 +18,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from torch import nn
 
-from kdkernels.train import checkpoint, report
+from kdkernels.train import checkpoint, report, teacher_cache
 from kdkernels.train.clock import StepClock
 from kdkernels.train.config import Config
 from kdkernels.train.data import Batches, Dataset
@@ -53,6 +53,8 @@ def fit(
         data,
         batch_size=config.batch_size,
         augment=config.augment,
+        augment_seed=config.augment_seed,
+        distinct_views=config.cache_views,
         mixup=config.mixup,
         seed=seed,
         device=device,
@@ -72,6 +74,9 @@ def fit(
     if (out / "checkpoint.pt").exists():
         state = restore(out / "checkpoint.pt", checkpointed, device)
 
+    answers = teachers
+    if config.teacher_cache:
+        answers = teacher_cache.prepare(teachers, method, batches, config, last_step)
     teacher_val = predict(teachers[0], data, data.val, device)[0] if teachers else None
     clock = StepClock(device)
     sums: Counter[str] = Counter()
@@ -86,7 +91,7 @@ def fit(
             set_lr(optimizer, config.schedule, state.step / last_step)
 
             batch = batches(state.step)
-            teacher_out = teachers(batch, method.teachers(state.step))
+            teacher_out = answers(batch, method.teachers(state.step))
             loss, terms = model(batch.images, batch, teacher_out, state.step, clock)
             fabric.backward(loss)
             optimizer.step()
@@ -126,4 +131,4 @@ def fit(
     student.load_state_dict(state.best["weights"])
     teacher_test = predict(teachers[0], data, data.test, device)[0] if teachers else None
     test = measure(*predict(model, data, data.test, device), teacher_test)
-    return results(state, test, last_accuracy)
+    return results(state, test, last_accuracy) | answers.cost

@@ -22,7 +22,7 @@ from kdkernels.train.data.dataset import Dataset
 
 # What a generator is for: its second key beside the seed.
 ORDER, AUGMENT, MIX = range(3)
-# Images are kept on a GPU whole if they take up to this share of its memory.
+# An array is kept on a GPU whole if it takes up to this share of its memory.
 RESIDENT_SHARE = 0.25
 
 
@@ -55,6 +55,7 @@ class Batches:
         device: torch.device | str,
         views: int = 1,
         distinct_views: int | None = None,
+        augment_seed: int | None = None,
         mixup: float = 0.0,
     ) -> None:
         self.data, self.device, self.seed = data, torch.device(device), seed
@@ -62,8 +63,11 @@ class Batches:
         self.batch_size = min(batch_size, len(data.train))
         self.per_epoch = len(data.train) // self.batch_size
         self.augment = Augmentation.parse(data.augment if augment == "auto" else augment)
+        self.augment_seed = seed if augment_seed is None else augment_seed
         self.views, self.distinct_views, self.mixup = views, distinct_views, mixup
-        self._images = _near(data.train.images, self.device)
+        if self.augment == Augmentation():
+            self.distinct_views = 1
+        self._images = near(data.train.images, self.device)
         self._labels = torch.from_numpy(data.train.labels)
         self._rows = torch.from_numpy(data.train.rows)
         self._epoch, self._order = -1, torch.empty(0)
@@ -76,9 +80,7 @@ class Batches:
             self._order = torch.from_numpy(rng.permutation(len(self.data.train)))
             self._epoch = epoch
         rows = self._order[position * self.batch_size : (position + 1) * self.batch_size]
-        views = range(epoch * self.views, (epoch + 1) * self.views)
-        if self.distinct_views:
-            views = [view % self.distinct_views for view in views]
+        views = self.views_of(epoch)
         images = [self.view(rows, view) for view in views]
         batch = Batch(
             images=torch.cat(images) if len(images) > 1 else images[0],
@@ -90,6 +92,11 @@ class Batches:
             rng = np.random.default_rng((self.seed, MIX, step))
             batch = mix_up(batch, self.mixup, len(self.data.classes), rng)
         return batch
+
+    def views_of(self, epoch: int) -> list[int]:
+        """Numbers of the views that an epoch shows."""
+        views = range(epoch * self.views, (epoch + 1) * self.views)
+        return [view % self.distinct_views if self.distinct_views else view for view in views]
 
     def view(self, rows: Tensor, view: int) -> Tensor:
         """Network input for images of the training set, in the view of that number."""
@@ -104,7 +111,7 @@ class Batches:
         if view not in self._choices:
             if len(self._choices) >= self.views:
                 del self._choices[next(iter(self._choices))]
-            rng = np.random.default_rng((self.seed, AUGMENT, view))
+            rng = np.random.default_rng((self.augment_seed, AUGMENT, view))
             height, width, _ = self.data.shape
             choices = self.augment.draw(rng, len(self.data.train), height, width)
             self._choices[view] = torch.from_numpy(choices)
@@ -129,10 +136,10 @@ def normaliser(data: Dataset, device: torch.device) -> Callable[[Tensor], Tensor
     return normalise
 
 
-def _near(images: np.ndarray, device: torch.device) -> Tensor:
-    """The images on a GPU that has room for them, else where they are."""
+def near(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a GPU that has room for it, else where it is."""
     if device.type == "cuda":
         room = RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory
-        if images.nbytes <= room:
-            return torch.from_numpy(images).to(device)
-    return torch.from_numpy(images)
+        if array.nbytes <= room:
+            return torch.from_numpy(array).to(device)
+    return torch.from_numpy(array)

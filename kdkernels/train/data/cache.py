@@ -61,7 +61,7 @@ def load(
     key = hashlib.sha256(f"{VERSION} {recipe} {source.stamp}".encode()).hexdigest()[:24]
     folder = cache_dir / f"{source.name}-{key}"
     if not folder.is_dir():
-        with _alone(folder.with_name(f"{folder.name}.lock")):
+        with alone(folder.with_name(f"{folder.name}.lock")):
             if not folder.is_dir():
                 _fill(folder, decode)
     try:
@@ -93,33 +93,44 @@ def _open(folder: Path) -> Decoded:
 
 
 def _fill(folder: Path, decode: Callable[[Allocate], Contents]) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    partial.mkdir()
-    try:
+    with made_whole(folder) as unfinished:
         maps = []
 
         def allocate(shape: tuple[int, int, int, int]) -> np.ndarray:
-            path = partial / "images.npy"
-            maps.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape))
-            # Writing to a map that the disk has no room for kills the process.
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            maps.append(new_map(unfinished / "images.npy", np.uint8, shape))
             return maps[0]
 
         contents = decode(allocate)
-        maps[0].flush()
-        np.save(partial / "labels.npy", contents.labels)
+        np.save(unfinished / "labels.npy", contents.labels)
         index = asdict(contents) | {"digest": digest(maps[0], contents.labels)}
         del index["labels"]
-        (partial / "index.json").write_text(json.dumps(index, indent=2))
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (unfinished / "index.json").write_text(json.dumps(index, indent=2))
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``folder`` if that goes well and is gone otherwise."""
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def new_map(path: Path, dtype: np.dtype | type, shape: tuple[int, ...]) -> np.ndarray:
+    """An array in a new file that is mapped into memory and has its room on the disk."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    # Writing to a map that the disk has no room for kills the process.
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
     """One process at a time; the lock of one that dies is free."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:

@@ -2,7 +2,7 @@
 """The training methods by name; a new one is a file here and a line in ``METHODS``."""
 
 from kdkernels.train.methods.at import AT
-from kdkernels.train.methods.base import Method, Output, Run
+from kdkernels.train.methods.base import Method, Output, Run, TopK
 from kdkernels.train.methods.ce import CE
 from kdkernels.train.methods.composite import Composite
 from kdkernels.train.methods.crd import CRD
@@ -11,7 +11,7 @@ from kdkernels.train.methods.fitnet import FitNet
 from kdkernels.train.methods.kd import KD
 from kdkernels.train.methods.skd import SKD
 
-__all__ = ["METHODS", "Composite", "Method", "Output", "Run"]
+__all__ = ["METHODS", "Composite", "Method", "Output", "Run", "TopK"]
 
 METHODS: dict[str, type[Method]] = {
     "at": AT,

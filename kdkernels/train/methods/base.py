@@ -20,10 +20,18 @@ class Run(NamedTuple):
     group: Any = None  # of the processes that share it, for losses over the batch
 
 
+class TopK(NamedTuple):
+    """What is kept of a teacher's logits where the largest k have to do."""
+
+    values: Tensor  # (B, k) logits
+    classes: Tensor  # (B, k) integers
+    logsumexp: Tensor  # (B,) of all logits over the method's temperature
+
+
 class Output(NamedTuple):
     """What a network makes of a batch."""
 
-    logits: Tensor  # (B, K)
+    logits: Tensor | TopK  # (B, K); TopK from a cache of a method that can do with it
     features: Mapping[str, Tensor] | None = None  # by the path of a tapped module
 
 
@@ -37,11 +45,15 @@ class Method(nn.Module):
     ``ce_weight`` is the weight of the cross-entropy in its loss: 0 where another method that it is
     composed with has it already.
 
+    ``top_k_temperature`` is the one temperature at which it can learn from a teacher's ``TopK``;
+    None if it needs all of the logits.
+
     Args:
         backend: which implementation runs the losses, as everywhere in kdkernels.
     """
 
     ce_weight: float = 1.0
+    top_k_temperature: float | None = None
 
     def __init__(self, backend: str = "auto") -> None:
         super().__init__()

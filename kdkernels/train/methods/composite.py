@@ -25,6 +25,8 @@ class Composite(Method):
         self.methods = nn.ModuleDict(methods)
         for method in list(methods.values())[1:]:
             method.ce_weight = 0.0
+        temperatures = {method.top_k_temperature for method in methods.values()}
+        self.top_k_temperature = temperatures.pop() if len(temperatures) == 1 else None
 
     def begin(self, run: Run) -> None:
         for method in self.methods.values():

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from kdkernels import functional as KF
 from kdkernels.train.data import Batch
 from kdkernels.train.errors import InputError
-from kdkernels.train.methods.base import Method, Output
+from kdkernels.train.methods.base import Method, Output, TopK
 
 
 class KD(Method):
@@ -30,6 +31,7 @@ class KD(Method):
         if not 0 <= alpha <= 1:
             raise InputError(f"--alpha: expected a number from 0 to 1, got {alpha}")
         self.temperature, self.alpha, self.ce_weight = temperature, alpha, 1 - alpha
+        self.top_k_temperature = temperature
 
     def teachers(self, step: int) -> Sequence[int]:
         return (0,)
@@ -38,6 +40,8 @@ class KD(Method):
         self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
     ) -> dict[str, Tensor]:
         (teacher,) = teacher_out
+        if isinstance(teacher.logits, TopK):
+            return {"kd": self.top_k_loss(student_out.logits, teacher.logits, batch.labels)}
         loss = KF.kd_loss(
             student_out.logits,
             teacher.logits,
@@ -48,3 +52,16 @@ class KD(Method):
             backend=self.backend,
         )
         return {"kd": loss}
+
+    def top_k_loss(self, student: Tensor, teacher: TopK, labels: Tensor) -> Tensor:
+        """The same with the teacher's other classes as one."""
+        kl = KF.topk_divergence(
+            student,
+            teacher.values,
+            teacher.classes,
+            values="logits",
+            teacher_logsumexp=teacher.logsumexp,
+            temperature=self.temperature,
+            backend=self.backend,
+        )
+        return self.ce_weight * F.cross_entropy(student, labels) + self.alpha * kl

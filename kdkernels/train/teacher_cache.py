@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teachers' outputs on disk: a step that finds them there costs the student alone.
+
+A folder named by a key holds what one teacher makes of the training images under one augmentation:
+``view-0``, ``view-1``, ... with a memory-mapped array for each output, and an index with their
+digests. The key is a digest of all that decides an output, so what has changed is made anew beside
+the old. A view is made under another name and moved to its place when it is whole: what a killed
+process leaves is never read.
+
+An output may depend in its last bit on how many images it is computed with (few rows of a matrix
+product are summed in another order), but not on which. Views are computed in batches of training's
+size, and a cache in fp32 gives the very bits that the teacher would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdkernels.train import report
+from kdkernels.train.config import Config
+from kdkernels.train.data import Batch, Batches
+from kdkernels.train.data.batches import near
+from kdkernels.train.data.cache import alone, made_whole, new_map
+from kdkernels.train.errors import InputError
+from kdkernels.train.methods import Method, Output, TopK
+from kdkernels.train.teachers import Teacher, Teachers
+
+# Part of every key: raise it when the arrays change.
+VERSION = 1
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+# A stored output further from the teacher's own, as a share of the largest, is another teacher's.
+STALE = 0.05
+
+
+class Form(NamedTuple):
+    """How outputs are kept: at which precision, and of the logits how many.
+
+    ``temperature`` is the one at which what is left out of the logits is known.
+    """
+
+    dtype: str = "fp32"
+    top_k: int | None = None
+    temperature: float | None = None
+
+
+def prepare(
+    teachers: Teachers, method: Method, batches: Batches, config: Config, last_step: int
+) -> CachedTeachers:
+    """The teachers with all that ``method`` will ask them until ``last_step`` on disk."""
+    form = Form(config.cache_dtype)
+    if config.cache_topk:
+        classes = len(batches.data.classes)
+        if method.top_k_temperature is None:
+            raise InputError(f"--cache-topk: --method {config.method} needs all of the logits")
+        if config.cache_topk > classes:
+            raise InputError(
+                f"--cache-topk: expected at most {classes}, the number of classes, "
+                f"got {config.cache_topk}"
+            )
+        form = Form(config.cache_dtype, config.cache_topk, method.top_k_temperature)
+    cached = CachedTeachers(teachers, batches, Path(config.teacher_cache), form)
+    epochs = range(math.ceil(last_step / batches.per_epoch))
+    asked = {index for epoch in epochs for index in method.teachers(epoch * batches.per_epoch)}
+    views = {view for epoch in epochs for view in batches.views_of(epoch)}
+    cached.fill(sorted(asked), sorted(views))
+    made, seconds = cached.cost["teacher_cache"].values()
+    report.console.print(f"{config.teacher_cache}: made {made} views in {seconds:.1f} s")
+    return cached
+
+
+class CachedTeachers:
+    """Answers as :class:`Teachers`, from ``folder``; a view that is not there yet is made.
+
+    Batches whose images are not views of the training images as they are, but mixed or turned, go
+    to the teachers themselves. ``cost`` is what making views has taken.
+    """
+
+    def __init__(self, teachers: Teachers, batches: Batches, folder: Path, form: Form) -> None:
+        self.teachers, self.batches, self.form = teachers, batches, form
+        self.folders = [folder / key(teacher, batches, form) for teacher in teachers]
+        self.cost = {"teacher_cache": {"views_made": 0, "seconds": 0.0}}
+        self._views: dict[tuple[int, int], dict[str, Tensor]] = {}  # lately used
+        self._checked: set[Path] = set()
+
+    def fill(self, indices: Iterable[int], views: Sequence[int]) -> None:
+        """Make the views of these teachers that are missing, and check those that are there."""
+        for index in indices:
+            for view in views:
+                self._view(index, view)
+        self._views.clear()
+
+    def __call__(self, batch: Batch, indices: Sequence[int]) -> list[Output]:
+        if batch.rows is None or batch.turns is not None or batch.labels.ndim > 1:
+            return self.teachers(batch, indices)
+        rows = batch.rows.view(len(batch.views), -1)
+        outputs = []
+        for index in indices:
+            parts = [
+                {
+                    name: array.index_select(0, some.to(array.device)).to(batch.rows.device)
+                    for name, array in self._view(index, view).items()
+                }
+                for view, some in zip(batch.views, rows, strict=True)
+            ]
+            arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            outputs.append(decode(arrays, self.teachers[index].network.paths))
+        return outputs
+
+    def _view(self, index: int, view: int) -> dict[str, Tensor]:
+        """The outputs of a view of all images, near the device, where there is room."""
+        if (index, view) not in self._views:
+            if len(self._views) >= len(self.teachers) * self.batches.views:
+                del self._views[next(iter(self._views))]
+            folder = self.folders[index] / f"view-{view}"
+            with alone(folder.with_name(f"{folder.name}.lock")):
+                if not folder.is_dir():
+                    self._make(index, view, folder)
+            self._views[index, view] = self._open(index, view, folder)
+        return self._views[index, view]
+
+    def _open(self, index: int, view: int, folder: Path) -> dict[str, Tensor]:
+        first = folder not in self._checked
+        path = folder / "index.json"
+        try:
+            content = json.loads(path.read_text())
+            if content["key"] != folder.parent.name:
+                raise ValueError(f"made for {content['key']}")
+            arrays = {}
+            for name, found in content["digests"].items():
+                path = folder / f"{name}.npy"
+                # Copy-on-write rather than read-only, which torch.from_numpy would warn about.
+                array = np.load(path, mmap_mode="c")
+                if first and digest(array) != found:
+                    raise ValueError("its content is not what was written")
+                arrays[name] = array
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: damaged teacher cache ({error}); delete {folder}") from error
+        if first:
+            self._compare(index, view, folder, arrays)
+            self._checked.add(folder)
+        return {name: near(array, self.batches.device) for name, array in arrays.items()}
+
+    def _make(self, index: int, view: int, folder: Path) -> None:
+        start_time = time.perf_counter()
+        count, size = len(self.batches.data.train), self.batches.batch_size
+        label = f"teacher cache, view {view}"
+        with made_whole(folder) as unfinished, report.progress(label, 0, count) as advance:
+            maps: dict[str, np.ndarray] = {}
+            for start in range(0, count, size):
+                arrays = self._compute(index, view, start)
+                end = min(start + size, count)
+                for name, array in arrays.items():
+                    values = array[: end - start].cpu().numpy()
+                    if name not in maps:
+                        shape = (count, *values.shape[1:])
+                        maps[name] = new_map(unfinished / f"{name}.npy", values.dtype, shape)
+                    maps[name][start:end] = values
+                advance(end - start)
+            digests = {name: digest(array) for name, array in maps.items()}
+            content = {"key": folder.parent.name, "digests": digests}
+            (unfinished / "index.json").write_text(json.dumps(content, indent=2))
+        self.cost["teacher_cache"]["views_made"] += 1
+        self.cost["teacher_cache"]["seconds"] += time.perf_counter() - start_time
+        self._checked.add(folder)
+
+    def _compute(self, index: int, view: int, start: int) -> dict[str, Tensor]:
+        """What is kept of a batch of training's size that begins at an image."""
+        rows = torch.arange(start, start + self.batches.batch_size) % len(self.batches.data.train)
+        return encode(self.teachers[index](self.batches.view(rows, view)), self.form)
+
+    def _compare(self, index: int, view: int, folder: Path, arrays: dict[str, np.ndarray]) -> None:
+        """Refuse what the key could not tell apart: another ``forward`` with the same weights."""
+        for name, expected in self._compute(index, view, 0).items():
+            if name == "top-classes":  # near values may change places
+                continue
+            found = torch.from_numpy(arrays[name][: len(expected)])
+            expected = expected[: len(found)].cpu().float()
+            if not (found.float() - expected).abs().max() <= STALE * expected.abs().max():
+                raise InputError(
+                    f"{folder / name}.npy: stale teacher cache: not what the teacher gives; "
+                    f"delete {folder.parent}"
+                )
+
+
+def key(teacher: Teacher, batches: Batches, form: Form) -> str:
+    """A name for all that decides what is kept of a teacher's outputs."""
+    parts = {
+        "version": VERSION,
+        "data": batches.data.digest,
+        "rows": digest(batches.data.train.rows),
+        "teacher": network_digest(teacher.network.network),
+        "taps": teacher.network.paths,
+        "precision": teacher.precision.precision,
+        "augment": str(batches.augment),
+        "augment_seed": batches.augment_seed,
+        # Only full precision shows it.
+        "batch_size": batches.batch_size if form.dtype == "fp32" else None,
+        "form": form,
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def network_digest(network: nn.Module) -> str:
+    """A name for a network's structure, as it prints, and its weights."""
+    content = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", repr(network)).encode())
+    for name, value in network.state_dict().items():
+        content.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        content.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def digest(array: np.ndarray) -> str:
+    """A name for the content of an array."""
+    content = hashlib.sha256(f"{array.shape} {array.dtype}".encode())
+    content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return content.hexdigest()
+
+
+def encode(out: Output, form: Form) -> dict[str, Tensor]:
+    """The arrays that are kept of an output, features in the memory order they came in."""
+    stored = partial(narrow, dtype=form.dtype)
+    if form.top_k:
+        values, classes = out.logits.topk(form.top_k)
+        logsumexp = (out.logits / form.temperature).logsumexp(-1)
+        arrays = {
+            "top-logits": stored(values),
+            "top-classes": classes.int(),
+            "top-logsumexp": logsumexp,
+        }
+    else:
+        arrays = {"logits": stored(out.logits)}
+    for number, feature in enumerate((out.features or {}).values()):
+        name = f"features-{number}"
+        if is_channels_last(feature):
+            name, feature = f"{name}-channels-last", feature.permute(0, 2, 3, 1)
+        arrays[name] = stored(feature)
+    return arrays
+
+
+def decode(arrays: dict[str, Tensor], taps: Sequence[str]) -> Output:
+    """The output, in float32, of which :func:`encode` kept these arrays."""
+    if "logits" in arrays:
+        logits = arrays["logits"].float()
+    else:
+        names = ("top-logits", "top-classes", "top-logsumexp")
+        logits = TopK(*(arrays[name] for name in names))
+    features = {}
+    for number, tap in enumerate(taps):
+        name = f"features-{number}"
+        if name in arrays:
+            features[tap] = arrays[name].float()
+        else:
+            features[tap] = arrays[f"{name}-channels-last"].float().permute(0, 3, 1, 2)
+    return Output(logits, features)
+
+
+def narrow(values: Tensor, dtype: str) -> Tensor:
+    """The values in the type they are kept in; refused where that has no such numbers."""
+    kept = values.to(DTYPES[dtype])
+    if not torch.equal(kept.isfinite(), values.isfinite()):
+        raise InputError(
+            f"--cache-dtype {dtype}: the teacher's outputs reach {values.abs().max():.3g}, beyond "
+            "its range; use fp32"
+        )
+    return kept
+
+
+def is_channels_last(feature: Tensor) -> bool:
+    """Whether a map lies in memory pixel by pixel, and not channel by channel as well."""
+    return (
+        feature.ndim == 4
+        and feature.is_contiguous(memory_format=torch.channels_last)
+        and not feature.is_contiguous()
+    )
