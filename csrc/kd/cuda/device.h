@@ -12,7 +12,7 @@
 //   cluster_rank() cluster_size()       blocks of a cluster have consecutive indices
 //   sync_block() sync_warp() sync_cluster() = cluster_arrive() + cluster_wait()
 //   shuffle(v, lane) shuffle_xor(v, mask) shuffle_down(v, by)   32-, 64-bit v; of whole warps:
-//   vote_any(p) vote_all(p) ballot(p)                           every lane has to call them
+//   vote_any(p) vote_all(p) vote_bits(p)                           every lane has to call them
 //   fence_device() atomic_add(p, v)     writes before are seen before those after; returns what was
 //
 //   SharedMemory m = shared_memory();   what the launch asked for, handed out in the same order by

@@ -73,7 +73,7 @@ template <class T>
 KD_DEVICE T shuffle_down(T v, int by) { return __shfl_down_sync(whole_warp, v, by); }
 KD_DEVICE bool vote_any(bool p) { return __any_sync(whole_warp, p); }
 KD_DEVICE bool vote_all(bool p) { return __all_sync(whole_warp, p); }
-KD_DEVICE uint32_t ballot(bool p) { return __ballot_sync(whole_warp, p); }
+KD_DEVICE uint32_t vote_bits(bool p) { return __ballot_sync(whole_warp, p); }
 
 KD_DEVICE void fence_device() { __threadfence(); }
 template <class T>

@@ -65,11 +65,11 @@ T shuffle_down(T v, int by, KD_HERE) {
   const int lane = lane_index();
   return simt::exchange("shuffle_down", v, lane + by < warp_threads ? lane + by : lane, site);
 }
-inline uint32_t ballot(bool p, KD_HERE) {
-  return (uint32_t)simt::machine->exchange("ballot", p, -1, site);
+inline uint32_t vote_bits(bool p, KD_HERE) {
+  return (uint32_t)simt::machine->exchange("vote", p, -1, site);
 }
-inline bool vote_any(bool p, KD_HERE) { return ballot(p, site) != 0; }
-inline bool vote_all(bool p, KD_HERE) { return ballot(p, site) == ~0u; }
+inline bool vote_any(bool p, KD_HERE) { return vote_bits(p, site) != 0; }
+inline bool vote_all(bool p, KD_HERE) { return vote_bits(p, site) == ~0u; }
 
 inline void fence_device() {}
 template <class T>
@@ -289,7 +289,7 @@ namespace simt {
 // As wrong as the instruction may be, in a way that depends on the bits only.
 inline float approximate(float y, uint32_t seed) {
   const float off = (float)(seed * 2654435761u >> 8) / (1 << 23) - 1;  // in [-1, 1)
-  return fabsf(y) < 1.17549435e-38f ? copysignf(0, y) : y + y * off * 0x1p-22f;
+  return fabsf(y) < 1.17549435e-38f ? copysignf(0, y) : y + y * off * 0x1.4p-23f;
 }
 }  // namespace simt
 

@@ -122,7 +122,7 @@ void Machine::pause(const char* what, Site site) {
 void Machine::wake(Thread& t) { ready_.push_back(&t); }
 
 Block& Machine::block(int rank) {
-  if (rank < 0 || rank >= how_.cluster) fail("there is no block " + std::to_string(rank) + " in the cluster");
+  if (rank < 0 || rank >= how_.cluster) fail("asks for block " + std::to_string(rank) + " of the cluster");
   return blocks_[rank];
 }
 
@@ -439,11 +439,11 @@ void Region::access(int first, int n, bool writes) {
   }
   for (int i = first; i < first + n; i++) {
     Cell& cell = cells[i];
-    check(i, cell.written, writes ? "writes" : "reads", "writes");
+    check(i, cell.written, writes ? "writes" : "reads", "has written");
     if (writes) {
-      check(i, cell.read, "writes", "reads");
+      check(i, cell.read, "writes", "has read");
       if (cell.more)
-        for (Epoch reader : *cell.more) check(i, reader, "writes", "reads");
+        for (Epoch reader : *cell.more) check(i, reader, "writes", "has read");
       cell.more.reset();
       cell.read = {0, 0};
       cell.written = t.now();
