@@ -136,3 +136,7 @@ def test_one_version():
         pytest.skip("not in a source tree")
     (version,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
     assert version == kdkernels.__version__
+
+
+def test_import_without_docstrings():
+    run(sys.executable, "-OO", "-c", "import kdkernels", cwd=BINARY.parents[1])

@@ -34,7 +34,6 @@ the demanded backend cannot run.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -42,6 +41,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import backends, checks, divergences, ops, reference
+from kdkernels.functional import rules
 from kdkernels.functional.rowwise import kl_div
 from kdkernels.ops.batchwise import MOST_TEMPERATURES, DistChoices, DistNumbers, Relations
 from kdkernels.ops.rowwise import compute_dtype
@@ -269,6 +269,4 @@ def _relations(
     return Relations(row_weight, weights, shares if scale is None else shares * scale, None, None)
 
 
-for _function in (dist_loss, mlkd_loss):
-    # help() shows the rules that the functions share, which the module states once.
-    _function.__doc__ = f"{inspect.cleandoc(_function.__doc__)}\n\n{__doc__}"
+rules.share(__doc__, dist_loss, mlkd_loss)

@@ -11,13 +11,13 @@ for any other ``backend``.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kdkernels import backends, checks, reference
+from kdkernels.functional import rules
 from kdkernels.functional.features import REDUCTIONS, pair, stages
 from kdkernels.ops.features import compute_dtype
 
@@ -168,6 +168,4 @@ def _exactly(student: Tensor):
     return torch.autocast(student.device.type, enabled=False)
 
 
-for _function in (embedding_loss, srrl_loss, sgkd_loss):
-    # help() shows the rules that the functions share, which the module states once.
-    _function.__doc__ = f"{inspect.cleandoc(_function.__doc__)}\n\n{__doc__}"
+rules.share(__doc__, embedding_loss, srrl_loss, sgkd_loss)

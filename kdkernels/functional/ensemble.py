@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from kdkernels import checks, divergences, ops, reference
 from kdkernels.divergences import Choices, Numbers
-from kdkernels.functional import rowwise
+from kdkernels.functional import rowwise, rules
 from kdkernels.functional.rows import Rows, prepare
 from kdkernels.ops.ensemble import compute_dtype
 from kdkernels.reference.ensemble import okddip
@@ -185,6 +184,4 @@ def _run(name, student, parts, stacked, weights, rows, mixture, numbers, choices
         raise
 
 
-multi_teacher_kl_div.__doc__ = (
-    f"{inspect.cleandoc(multi_teacher_kl_div.__doc__)}\n\n{rowwise.__doc__}"
-)
+rules.share(rowwise.__doc__, multi_teacher_kl_div)

@@ -30,11 +30,10 @@ def hcl_loss(
     ``reduction="sum"`` leaves out the division by samples and channels, not that by positions.
 
     student, teacher: maps of one shape (B, C, H, W), or one of each per stage (the loss is their
-        sum). fp64, fp32, bf16, fp16; contiguous or channels-last without a copy.
+        sum).
     levels: sizes of the pooled maps, up to 8.
 
-    Returns the loss, fp32 (fp64 if either side is), 0-d. ReviewKD, mdistiller and torchdistill
-    agree.
+    ReviewKD, mdistiller and torchdistill agree.
     """
     name = "hcl_loss"
     checks.choice(name, "reduction", reduction, features.REDUCTIONS)

@@ -29,8 +29,7 @@ def attention_transfer(
     ``reduction="sum"`` divides by neither.
 
     student, teacher: maps (B, C, H, W), or one of each per stage (the loss is their sum); channels
-        may differ, and the larger map is average-pooled to the other's size. fp64, fp32, bf16,
-        fp16; contiguous or channels-last without a copy.
+        may differ, and the larger map is average-pooled to the other's size.
     power: positive integer; an odd one keeps signs.
 
     compat:
@@ -39,7 +38,6 @@ def attention_transfer(
         ``"torchdistill"``: the paper's text: the mean over samples of ``|a_student - a_teacher|``,
         not squared, of channel sums (which normalise to the same).
 
-    Returns the loss, fp32 (fp64 if either side is), 0-d.
     A map of zeros has attention 0, and no gradient where ``power > 1``.
     """
     name = "attention_transfer"

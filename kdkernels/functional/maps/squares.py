@@ -24,9 +24,6 @@ def fitnet_loss(
         student, teacher: features (B, C, ...), in the teacher's width (``kdkernels.FitNetLoss`` has
             the regressor), or sequences of them, over which the loss is summed.
         reduction: ``"mean"`` over all elements of a stage, or ``"sum"``.
-
-    Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit.
     """
     name = "fitnet_loss"
 
@@ -51,12 +48,8 @@ def masked_mse(
     Args:
         student, teacher: features (B, C, ...).
         mask: broadcast to them: of channels (B, C, 1, 1), of places (B, 1, H, W), or of elements;
-            :func:`random_mask` draws one. It is a constant.
+            :func:`random_mask` draws one. It is a constant, and must not require a gradient.
         reduction: ``"mean"`` over all elements, masked or not, or ``"sum"``.
-
-    Raises:
-        NotImplementedError: ``mask`` requires a gradient.
-        ValueError, TypeError: shapes or dtypes that do not fit.
     """
     name = "masked_mse"
     same_shape(name, student, teacher)

@@ -22,6 +22,7 @@ Raises ``ValueError`` for a shape or value out of range, ``TypeError`` for a dty
 stages are expected, ``RuntimeError`` where the demanded backend cannot run.
 """
 
+from kdkernels.functional import rules
 from kdkernels.functional.relation.embeddings import (
     cc_loss,
     pkt_loss,
@@ -48,3 +49,5 @@ __all__ = [
     "sp_loss",
     "sskd_similarity",
 ]
+
+rules.share(__doc__, *(globals()[name] for name in __all__ if name != "least_wrong"))

@@ -46,8 +46,7 @@ the demanded backend cannot run.
 
 from __future__ import annotations
 
-import inspect
-
+from kdkernels.functional import rules
 from kdkernels.functional.rowwise.divergences import (
     divergence,
     js_div,
@@ -70,7 +69,4 @@ __all__ = [
     "wsld_loss",
 ]
 
-for _name in __all__:
-    # help() shows the rules that the functions share, which the module states once.
-    _function = globals()[_name]
-    _function.__doc__ = f"{inspect.cleandoc(_function.__doc__)}\n\n{__doc__}"
+rules.share(__doc__, *(globals()[name] for name in __all__))
