@@ -29,6 +29,7 @@ __all__ = [
     "number",
     "per_row",
     "raise_for_labels",
+    "readable",
     "same_device",
     "stacked",
     "targets",
@@ -43,7 +44,8 @@ _INTEGERS = (
 )  # fmt: skip
 
 
-def _readable(tensor: torch.Tensor) -> bool:
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether values may be looked at: not in a trace, and on a GPU only where it is asked for."""
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or CHECK_DEVICE_VALUES
@@ -129,7 +131,7 @@ def integer(name: str, argument: str, value) -> int:
 
 def indices(name: str, argument: str, value: torch.Tensor, size: int) -> None:
     """Integers in [0, size)."""
-    if _readable(value) and value.numel():
+    if readable(value) and value.numel():
         low, high = value.aminmax()
         if not (0 <= low and high < size):
             raise ValueError(
@@ -156,7 +158,7 @@ def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: t
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: {argument} must be floating-point, got {value.dtype}.")
     same_device(name, argument, value, student)
-    if _readable(value) and value.numel():
+    if readable(value) and value.numel():
         good = (value > 0) & value.isfinite()
         if not good.all():
             bad = value.detach()[~good][0].item()
@@ -167,7 +169,7 @@ def temperature(name: str, argument: str, value, student: torch.Tensor, dtype: t
 def targets(name: str, rows, target, first: int, width: int, ignore_index: int) -> None:
     """The target of every row that counts, by default its label, is in the class range."""
     target = rows.labels if target is None else target
-    if not _readable(target):
+    if not readable(target):
         return
     bad = (target < first) | (target >= first + width)
     if rows.mask is not None:
@@ -233,7 +235,7 @@ def teacher_weights(
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: weights must be floating-point, got {value.dtype}.")
     same_device(name, "weights", value, student)
-    if _readable(value) and value.numel():
+    if readable(value) and value.numel():
         if not value.isfinite().all():
             worst = value[~value.isfinite()][0].item()
             raise ValueError(f"{name}: weights must be finite, got {worst}.")
@@ -255,7 +257,7 @@ def labels(name: str, value, student: torch.Tensor, ignore_index: int, read: boo
     same_device(name, "labels", value, student)
     classes = student.shape[-1]
     if value.dtype in _INTEGERS and value.shape == student.shape[:-1]:
-        if read and value.numel() and _readable(value):
+        if read and value.numel() and readable(value):
             low, high = value.aminmax()
             if not (0 <= low and high < classes):
                 bad = value[((value < 0) | (value >= classes)) & (value != ignore_index)]
@@ -347,7 +349,7 @@ def topk_indices(
     Without ``read`` their values are left to the kernel to check.
     """
     indices = indices.reshape(-1, indices.shape[-1]).to(torch.int64).contiguous()
-    if read and _readable(indices) and indices.numel():
+    if read and readable(indices) and indices.numel():
         classes, k = student.shape[-1], indices.shape[-1]
         looked_at = ~torch.isneginf(values.detach().reshape(-1, k))
         if mask is not None:

@@ -227,8 +227,24 @@ def test_module_compiles_whole():
     for _ in range(2):
         given = (*batch(), torch.randint(40, (5, 20)))
         torch.testing.assert_close(compiled(*given), eager(*given))
+    drawn = torch.compile(make_module(generator=None), fullgraph=True, backend="aot_eager")
+    assert drawn(*batch()).isfinite()
     for name in ("student_bank", "teacher_bank", "normalizer"):
         torch.testing.assert_close(getattr(module, name), getattr(eager, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_module_in_another_precision(dtype):
+    module, (student, teacher, index) = make_module(), batch()
+    module(student, teacher, index)
+    banks = torch.float64 if dtype == torch.float64 else torch.float32
+    before, z = module.student_bank.to(banks), module.normalizer.to(banks)
+    module.to(dtype)
+    assert module.student_embed.weight.dtype == dtype
+    assert torch.equal(module.student_bank, before) and torch.equal(module.normalizer, z)
+    module(student.to(dtype), teacher.to(dtype), index).backward()
+    assert module.student_embed.weight.grad.dtype == dtype
+    assert module.to("meta").student_bank.is_meta
 
 
 @pytest.mark.parametrize(

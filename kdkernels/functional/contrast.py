@@ -182,7 +182,7 @@ def sample_negatives(
     own = labels[index]
     first, last = torch.searchsorted(classes, own), torch.searchsorted(classes, own, right=True)
     others = n - (last - first)
-    if device.type == "cpu" and not others.all():
+    if checks.readable(labels) and not others.all():
         raise ValueError(f"{name}: labels must be of more than one class.")
     others = others.clamp(min=1)
     # The j-th sample of another class stands in the shuffle behind j of these and behind the t

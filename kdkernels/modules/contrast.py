@@ -24,6 +24,8 @@ class CRDLoss(nn.Module):
     moves the banks, once, whatever becomes of its gradient, and the first one fixes ``normalizer``
     (Z; -1 before); in evaluation mode nothing changes. These are buffers, and in checkpoints.
 
+    ``half()`` and ``bfloat16()`` leave them as they are.
+
     With ``group`` the banks must start alike on all ranks (seed them alike, or let
     DistributedDataParallel broadcast them), and stay so.
 
@@ -125,6 +127,18 @@ class CRDLoss(nn.Module):
 
     def _held(self) -> dict:
         return {name: getattr(self, name) for name in _HELD}
+
+    def _apply(self, fn, *args):
+        # Of half precision the layers alone: banks would lose their steps there, and Z overflow.
+        kept = {
+            name: getattr(self, name) for name in ("student_bank", "teacher_bank", "normalizer")
+        }
+        super()._apply(fn, *args)
+        for name, before in kept.items():
+            now = getattr(self, name)
+            if now.dtype not in (torch.float32, torch.float64):
+                setattr(self, name, before.to(now.device))
+        return self
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
