@@ -196,6 +196,21 @@ def test_fp16_survives_a_grad_scaler(entry, backend):
     assert (gradient - wanted).norm() <= 2e-3 * wanted.norm() + 1e-7 * wanted.numel() ** 0.5
 
 
+@pytest.mark.parametrize("size", [1e-4, 30.0])
+@kernels
+def test_fp16_of_any_size(entry, backend, size):
+    """What fp16 holds of a gradient is right, whatever averaging and normalising make of it."""
+    inputs = entry.inputs(*entry.small, dtype=torch.float16)
+    inputs |= {side: inputs[side] * size for side in ("student", "teacher")}
+    inputs["student"].requires_grad_()
+    exact = leaves(inputs, torch.float64)
+    (wanted,) = torch.autograd.grad(entry(exact, backend="reference"), exact["student"])
+    (gradient,) = torch.autograd.grad(entry(inputs, backend=backend), inputs["student"])
+    held = wanted.abs() < torch.finfo(torch.float16).max
+    error = (gradient.double() - wanted)[held].norm()
+    assert error <= 2e-3 * wanted[held].norm() + 1e-7 * wanted.numel() ** 0.5
+
+
 @kernels
 def test_second_derivatives_are_refused(entry, backend):
     inputs = entry.inputs(*entry.small, requires_grad=True)

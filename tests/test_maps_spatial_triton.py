@@ -39,7 +39,7 @@ def test_compiles_without_spills(target, dtype, last, tmp_path, monkeypatch):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     means = torch.empty(2, 8, 1024, dtype=wide)
     side = spatial_attention.map_arguments(x, 2, wide)
-    compare = spatial_attention.compare_arguments(means, 65536, 0.1, (False, False), 2)
+    compare = spatial_attention.compare_arguments(means, 0.1, 2)
     for kernel, launch in (
         (spatial_attention.mean_kernel, {**side, "means": means[0]}),
         (spatial_attention.compare_kernel, compare),

@@ -27,7 +27,7 @@ struct ElementParams : ElementNumbers, ElementChoices {
   Rows student, teacher;            // all their elements as one row
   Rows parameter;                   // of the type accumulated in, or null
   Rows grad_student, grad_teacher;  // null where not asked for
-  double student_factor = 1, teacher_factor = 1;  // of the gradients
+  double factor = 1;                // of the gradients
   double* loss = nullptr;           // (tasks,), without a factor
   // The gradient to the parameter, or null: (rows,), or where it differs along a row (tasks, length).
   double *row_slope = nullptr, *column_slope = nullptr;
@@ -80,8 +80,8 @@ struct SpatialAttentionChoices {
 struct SpatialAttentionParams : SpatialAttentionChoices {
   int64_t samples = 0;
   Maps student, teacher, grad_student, grad_teacher;  // of one number of positions
-  double factor_student = 1, factor_teacher = 1;      // of the gradients
-  double* sample_loss = nullptr;  // (B,) times P C_student
+  double factor = 1;              // of the gradients
+  double* sample_loss = nullptr;  // (B,)
 };
 
 // One axis of maps, cut at the edges of every level's bins.
@@ -99,7 +99,7 @@ struct PyramidParams {
   int64_t levels = 0;
   const int64_t* level = nullptr;   // (levels,): bins along an axis
   const double* weight = nullptr;   // (1 + levels,): of the maps themselves, then of the levels
-  double factor_student = 1, factor_teacher = 1;  // of the gradients
+  double factor = 1;                // of the gradients
   double* task_loss = nullptr;      // (B pyramid_tasks_per_sample,) times H W
 };
 

@@ -104,7 +104,7 @@ constexpr int64_t neighbour_block = 1024;
 struct Neighbours {
   int64_t rows = 0, width = 0;
   Rows student, teacher, grad_student, grad_teacher;
-  double factor_student = 1, factor_teacher = 1;
+  double factor = 1;
   double* loss = nullptr;               // of every block of columns
 };
 

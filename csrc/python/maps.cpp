@@ -25,7 +25,7 @@ double elementwise(const py::array& student, const py::array& teacher, const py:
   p.parameter = as_one_row(parameter, "parameter");
   p.grad_student = as_one_row(grad_student, "grad_student");
   p.grad_teacher = as_one_row(grad_teacher, "grad_teacher");
-  p.student_factor = p.teacher_factor = factor;
+  p.factor = factor;
   int64_t strides[3] = {0, 0, 0};
   if (!parameter.is_none()) {
     const auto array = parameter.cast<py::array>();

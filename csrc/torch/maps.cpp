@@ -49,8 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elementwise(
   const Tensor grad_teacher = grads & 2 ? dense_gradient_for(teacher, true) : none();
   p.grad_student = as_one_row(grad_student, grads & 1);
   p.grad_teacher = as_one_row(grad_teacher, grads & 2);
-  if (p.student.dtype != kd::DType::float16) p.student_factor = factor;
-  if (p.teacher.dtype != kd::DType::float16) p.teacher_factor = factor;
+  p.factor = factor;
 
   const int64_t tasks = kd::element_tasks(p);
   std::vector<double> losses(tasks), slopes;

@@ -40,11 +40,6 @@ ScalarType accumulated_in(const Tensor& a, const Tensor& b) {
   return in_double ? ScalarType::Double : ScalarType::Float;
 }
 
-// What gradients in fp16 leave to backward.
-double of_gradients(const Tensor& t, double factor) {
-  return t.scalar_type() == ScalarType::Half ? 1 : factor;
-}
-
 std::tuple<Tensor, Tensor, Tensor> spatial_attention(Tensor student, Tensor teacher, double factor,
                                               std::vector<double>, std::vector<int64_t> choices,
                                               int64_t grads) {
@@ -52,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention(Tensor student, Tensor teac
   static_cast<kd::SpatialAttentionChoices&>(p) = unpack<kd::SpatialAttentionChoices>(choices);
   p.samples = student.size(0);
   p.student = maps_of(student), p.teacher = maps_of(teacher);
-  p.factor_student = of_gradients(student, factor), p.factor_teacher = of_gradients(teacher, factor);
+  p.factor = factor;
   Tensor grad_student = gradient_like(student, grads & of_student, p.grad_student);
   Tensor grad_teacher = gradient_like(teacher, grads & of_teacher, p.grad_teacher);
   const std::unique_ptr<double[]> losses(new double[p.samples]);
@@ -94,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> pyramid(Tensor student, Tensor teacher, doubl
   STD_TORCH_CHECK(s.channels_last == t.channels_last, "kdkernels: maps must lie alike");
   p.channels_last = s.channels_last, p.student = s.rows, p.teacher = t.rows;
   p.levels = levels.size(), p.level = levels.data(), p.weight = weights.data();
-  p.factor_student = of_gradients(student, factor), p.factor_teacher = of_gradients(teacher, factor);
+  p.factor = factor;
   kd::Maps of_s, of_t;
   Tensor grad_student = gradient_like(student, grads & of_student, of_s);
   Tensor grad_teacher = gradient_like(teacher, grads & of_teacher, of_t);

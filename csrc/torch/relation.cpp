@@ -21,10 +21,6 @@ ScalarType accumulated_in(const Tensor& a, const Tensor& b) {
   const bool wide = a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
   return wide ? ScalarType::Double : ScalarType::Float;
 }
-// fp16 gradients are without the loss's factor.
-double gradient_factor(const Tensor& t, double factor) {
-  return t.scalar_type() == ScalarType::Half ? 1 : factor;
-}
 
 template <class Run>
 Pair embeddings(const Tensor& student, const Tensor& teacher, double factor, int64_t grads,
@@ -34,8 +30,8 @@ Pair embeddings(const Tensor& student, const Tensor& teacher, double factor, int
     const Tensor& x = side ? teacher : student;
     r.side[side].x = rows_of(x, keep[side]);
     r.side[side].width = x.size(1);
-    r.side[side].factor = gradient_factor(x, factor);
-    found[side] = gradient_for(x, grads >> side & 1, r.side[side].grad);
+    r.side[side].factor = factor;
+    found[side] = gradient_for(x, grads >> side & 1, r.side[side].grad, gradient_type(x));
   }
   r.rows = student.size(0);
   r.single = !rkd && accumulated_in(student, teacher) == ScalarType::Float;
@@ -81,10 +77,11 @@ Pair neighbours(Tensor student, Tensor teacher, double factor, std::vector<doubl
   Tensor keep_student, keep_teacher;
   p.rows = student.size(0), p.width = student.size(1);
   p.student = rows_of(student, keep_student), p.teacher = rows_of(teacher, keep_teacher);
-  p.factor_student = gradient_factor(student, factor);
-  p.factor_teacher = gradient_factor(teacher, factor);
-  Tensor grad_student = gradient_for(student, grads & of_student, p.grad_student);
-  Tensor grad_teacher = gradient_for(teacher, grads & of_teacher, p.grad_teacher);
+  p.factor = factor;
+  Tensor grad_student =
+      gradient_for(student, grads & of_student, p.grad_student, gradient_type(student));
+  Tensor grad_teacher =
+      gradient_for(teacher, grads & of_teacher, p.grad_teacher, gradient_type(teacher));
   std::vector<double> losses((p.width + kd::neighbour_block - 1) / kd::neighbour_block);
   p.loss = losses.data();
   const auto& kernel = kd::kernels().neighbour_columns;

@@ -120,21 +120,30 @@ inline std::vector<int64_t> leading(const Tensor& t, int64_t dims) {
   return shape;
 }
 
-inline Tensor gradient_for(const Tensor& logits, bool wanted, kd::Rows& rows) {
-  if (!wanted) return nothing(logits.scalar_type());
-  Tensor grad = contiguous(leading(logits, logits.dim()), logits.scalar_type());
+inline Tensor gradient_for(const Tensor& x, bool wanted, kd::Rows& rows, ScalarType dtype) {
+  if (!wanted) return nothing(x.scalar_type());
+  Tensor grad = contiguous(leading(x, x.dim()), dtype);
   as_rows(grad, rows);
   kd::advise_huge_pages(rows.data, grad.numel() * kd::size_of(rows.dtype));
   return grad;
 }
+inline Tensor gradient_for(const Tensor& logits, bool wanted, kd::Rows& rows) {
+  return gradient_for(logits, wanted, rows, logits.scalar_type());
+}
 
-// Of a dense tensor, in memory as it is.
+// What the operators of losses over features return gradients in: gradient_dtype of
+// kdkernels/ops/features.py.
+inline ScalarType gradient_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Half ? ScalarType::Float : t.scalar_type();
+}
+
+// Of dense features, in memory as they are.
 inline Tensor dense_gradient_for(const Tensor& t, bool wanted) {
   if (!wanted) return nothing(t.scalar_type());
   std::vector<int64_t> strides(t.dim());
   for (int64_t d = 0; d < t.dim(); d++) strides[d] = t.stride(d);
-  const Tensor grad = empty(t.dim(), leading(t, t.dim()).data(), strides.data(), t.scalar_type());
-  kd::advise_huge_pages(grad.mutable_data_ptr(), grad.numel() * kd::size_of(dtype_of(t)));
+  const Tensor grad = empty(t.dim(), leading(t, t.dim()).data(), strides.data(), gradient_type(t));
+  kd::advise_huge_pages(grad.mutable_data_ptr(), grad.numel() * kd::size_of(dtype_of(grad)));
   return grad;
 }
 

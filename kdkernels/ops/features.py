@@ -8,11 +8,12 @@ need a gradient, and returns the loss with the gradient to each of its tensors:
         -> (Tensor loss, Tensor grad_a, Tensor grad_b, ...)
 
 Bit i of ``grads`` asks for the gradient of tensor i; others are of size 0. ``factor`` is what the
-loss is multiplied by, its normalisation included. Gradients are multiplied by it too, except those
-in fp16, in which it would lose them: there backward multiplies, once the upstream gradient, with
-the scale of a GradScaler, is known.
+loss and its gradients are multiplied by, its normalisation included.
 
-A gradient lies in memory as its tensor does, which is contiguous or channels-last.
+A gradient lies in memory as its tensor does, which is contiguous or channels-last, and is of its
+dtype, but for fp16: before the upstream gradient, with the scale of a GradScaler, is known, no
+scale of it suits fp16 (features of 1e-4 have gradients 1e4 times larger than those of 1, averaging
+makes them 1e6 times smaller), so it is kept in fp32 and rounded in backward.
 """
 
 from __future__ import annotations
@@ -33,6 +34,16 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def gradient_dtype(tensor: Tensor) -> torch.dtype:
+    """Of the gradient that an operator returns for ``tensor``."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+def gradient_like(tensor: Tensor) -> Tensor:
+    """Where an operator writes the gradient of ``tensor``."""
+    return torch.empty_like(tensor, dtype=gradient_dtype(tensor))
+
+
 def define(name: str, *tensors: str, triton: bool = True) -> None:
     """Define ``kdkernels::name`` and, unless there is none, ``kdkernels::name_triton``.
 
@@ -51,7 +62,7 @@ def define(name: str, *tensors: str, triton: bool = True) -> None:
         return (
             first.new_empty((), dtype=compute_dtype(*given)),
             *(
-                torch.empty_like(t) if grads >> i & 1 else first.new_empty((0,))
+                gradient_like(t) if grads >> i & 1 else first.new_empty(0)
                 for i, t in enumerate(given)
             ),
         )
@@ -64,21 +75,20 @@ def define(name: str, *tensors: str, triton: bool = True) -> None:
 class _Feature(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
-        ctx.function, operator, ctx.factor, numbers, choices = call
+        ctx.function, operator, factor, numbers, choices = call
         grads = sum(1 << i for i, need in enumerate(ctx.needs_input_grad[1:]) if need)
-        loss, *gradients = operator(*tensors, ctx.factor, numbers, choices, grads)
+        loss, *gradients = operator(*tensors, factor, numbers, choices, grads)
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
         refuse_higher_order(ctx.function)
-        gradients = [None]
-        for need, grad in zip(ctx.needs_input_grad[1:], ctx.saved_tensors, strict=True):
-            half = grad.dtype == torch.float16
-            up = upstream * ctx.factor if half else upstream
-            gradients.append(_scaled(grad, up) if need else None)
-        return tuple(gradients)
+        needed = zip(ctx.needs_input_grad[1:], ctx.saved_tensors, ctx.dtypes, strict=True)
+        return None, *(
+            _scaled(grad, upstream).to(dtype) if need else None for need, grad, dtype in needed
+        )
 
 
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:

@@ -69,37 +69,23 @@ def _sum(like: Tensor, *products: tuple[Tensor, Tensor]) -> Tensor:
     return total.mT if transposed else total
 
 
-def _finished(tensors, factor: float, grads: int, loss: Tensor, gradients) -> tuple[Tensor, ...]:
-    """What an operator returns: ``gradients`` (None where not needed) without the factor so far."""
-    found = []
-    for i, (x, gradient) in enumerate(zip(tensors, gradients, strict=True)):
-        if not grads >> i & 1:
-            found.append(x.new_empty(0))
-            continue
-        if x.dtype != torch.float16:
-            gradient = gradient.mul_(factor) if factor != 1 else gradient
-        found.append(gradient.to(x.dtype))
-    return loss * factor, *found
-
-
-def _apart(tensors, factor: float) -> tuple[float, float]:
-    """The factor for the Gram matrices, which are the cheaper place, and for what comes of them.
-
-    fp16 gradients are left without.
-    """
-    return (1.0, factor) if any(x.dtype == torch.float16 for x in tensors) else (factor, 1.0)
+def _finished(tensors, loss: Tensor, gradients) -> tuple[Tensor, ...]:
+    """What an operator returns, of ``gradients`` that are None where not needed."""
+    return loss, *(
+        x.new_empty(0) if gradient is None else gradient.to(features.gradient_dtype(x))
+        for x, gradient in zip(tensors, gradients, strict=True)
+    )
 
 
 def _matched(backend: str, *given) -> tuple[Tensor, ...]:
     """From ``x_s, x_t``, or ``x_s, y_s, x_t, y_t``, whose products ``x y'`` are the matrices."""
     *tensors, factor, scales, choices, grads = given
-    inner, outer = _apart(tensors, factor)
     dtype = compute_dtype(*tensors)
     half = len(tensors) // 2
     sides = [[x.to(dtype) for x in side] for side in (tensors[:half], tensors[half:])]
     needed = sum(1 << i for i in (0, 1) if grads >> i * half & (1 << half) - 1)
     loss, *slopes = _operator("gram_match", backend)(
-        *(side[0] @ side[-1].mT for side in sides), inner, scales, choices, needed
+        *(side[0] @ side[-1].mT for side in sides), factor, scales, choices, needed
     )
     gradients = []
     for (x, y), slope in zip(((s[0], s[-1]) for s in sides), slopes, strict=True):
@@ -107,36 +93,34 @@ def _matched(backend: str, *given) -> tuple[Tensor, ...]:
         gradients.append(_sum(x, (slope, y)) if need & 1 else None)
         if half == 2:
             gradients.append(_sum(y, (slope.mT, x)) if need & 2 else None)
-    return _finished(tensors, outer, grads, loss, gradients)
+    return _finished(tensors, loss, gradients)
 
 
 def _nst_by_channels(backend: str, student, teacher, factor, numbers, choices, grads):
     tensors = student, teacher
-    inner, outer = _apart(tensors, factor)
     s, t = (x.to(compute_dtype(*tensors)) for x in tensors)
     needed = 3 * (grads & 1) | 3 * (grads & 2)  # the cross is for both
     loss, of_student, cross, of_teacher = _operator("nst_grams", backend)(
-        s @ s.mT, s @ t.mT, t @ t.mT, inner, numbers, (), needed
+        s @ s.mT, s @ t.mT, t @ t.mT, factor, numbers, (), needed
     )
     gradients = (
         _sum(s, (of_student, s), (cross, t)) if grads & 1 else None,
         _sum(t, (cross.mT, s), (of_teacher, t)) if grads & 2 else None,
     )
-    return _finished(tensors, outer, grads, loss, gradients)
+    return _finished(tensors, loss, gradients)
 
 
 def _nst_by_positions(backend: str, student, teacher, factor, numbers, choices, grads):
     tensors = student, teacher
-    inner, outer = _apart(tensors, factor)
     wide = [x.to(compute_dtype(*tensors)) for x in tensors]
     lengths = [torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in wide]
     units = [x / length.clamp(min=EPS) for x, length in zip(wide, lengths, strict=True)]
     grams = [x.mT @ x for x in units]
     loss, slope, _ = _operator("gram_match", backend)(
-        *grams, inner, numbers, GramChoices(symmetric=True), grads & 1
+        *grams, factor, numbers, GramChoices(symmetric=True), grads & 1
     )
     # The teacher's own term is a constant.
-    slopes = slope, grams[0].mul_(-4 * numbers[0] * numbers[1] * inner) if grads & 2 else None
+    slopes = slope, grams[0].mul_(-4 * numbers[0] * numbers[1] * factor) if grads & 2 else None
     gradients = []
     for i, (unit, length) in enumerate(zip(units, lengths, strict=True)):
         if not grads >> i & 1:
@@ -145,7 +129,7 @@ def _nst_by_positions(backend: str, student, teacher, factor, numbers, choices, 
         g = _sum(unit, (unit, slopes[i]))
         along = torch.where(length > EPS, (g * unit).sum(2, keepdim=True), 0.0)
         gradients.append(g.addcmul_(unit, along, value=-1).div_(length.clamp(min=EPS)))
-    return _finished(tensors, outer, grads, loss, gradients)
+    return _finished(tensors, loss, gradients)
 
 
 def embeddings(

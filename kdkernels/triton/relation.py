@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from kdkernels import ops
-from kdkernels.ops.features import compute_dtype
+from kdkernels.ops.features import compute_dtype, gradient_dtype
 from kdkernels.ops.relation import CLAMP, EPS, NEAR, GramChoices, RKDChoices, RKDNumbers
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
 from kdkernels.triton.relation_kernels import (
@@ -33,7 +33,7 @@ def _finished(tensors, wide, factor: float, grads: int, loss: Tensor, edges):
             found.append(x.new_empty(0))
             continue
         gradient = edges(side).to(rows.dtype) @ rows
-        found.append((gradient if x.dtype == torch.float16 else gradient * factor).to(x.dtype))
+        found.append((gradient * factor).to(gradient_dtype(x)))
     return (loss * factor).to(compute_dtype(*tensors)), *found
 
 
@@ -179,8 +179,8 @@ def _neighbours(student: Tensor, teacher: Tensor, factor, numbers, choices, grad
     slope = slope * difference.sign()
     found = []
     for side, x in enumerate(tensors):
-        gradient = slope * ((1, -1)[side] * (1.0 if x.dtype == torch.float16 else factor))
-        found.append(gradient.to(x.dtype) if grads >> side & 1 else x.new_empty(0))
+        gradient = slope * ((1, -1)[side] * factor)
+        found.append(gradient.to(gradient_dtype(x)) if grads >> side & 1 else x.new_empty(0))
     return loss * factor, *found
 
 

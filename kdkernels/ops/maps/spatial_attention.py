@@ -20,9 +20,7 @@ def spatial_attention(
     terms: int,
 ) -> Tensor:  # fmt: skip
     """The sum over samples of the maps' distances, divided by ``terms``."""
-    # The operator's own sum is as many times larger as gradients to an element are smaller.
-    size = student.shape[1] * student.shape[2] * student.shape[3]
     return features.call(
         function, "maps.spatial_attention", backend, (packed(student), packed(teacher)),
-        1.0 / (terms * size), choices=(power, distance),
+        1.0 / terms, choices=(power, distance),
     )  # fmt: skip

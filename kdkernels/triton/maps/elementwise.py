@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
-from kdkernels.ops.features import compute_dtype
+from kdkernels.ops.features import compute_dtype, gradient_like
 from kdkernels.ops.maps.elementwise import KINDS, Choices, Numbers
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
 from kdkernels.triton.layout import options, tile
@@ -35,7 +35,7 @@ def elementwise_kernel(
     column_slope,  # (blocks of rows, LENGTH) or None
     rows, p_inner, p_outer_stride, p_inner_stride,
     # fp64, so that fp64 maps are not held to fp32 numbers.
-    margin: tl.float64, student_factor: tl.float64, teacher_factor: tl.float64,
+    margin: tl.float64, factor: tl.float64,
     KIND: tl.constexpr, ALONG: tl.constexpr,  # ALONG: the parameter differs along a row
     ACC: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -57,11 +57,9 @@ def elementwise_kernel(
     value = tl.where(inside, value, 0.0)
     tl.store(loss + block * tl.num_programs(1) + part, tl.sum(tl.sum(value, axis=1), axis=0))
     if grad_student is not None:
-        to_s *= tl.full((1, 1), student_factor, ACC)
-        tl.store(grad_student + at, to_s, mask=inside)
+        tl.store(grad_student + at, to_s * tl.full((1, 1), factor, ACC), mask=inside)
     if grad_teacher is not None:
-        to_t *= tl.full((1, 1), teacher_factor, ACC)
-        tl.store(grad_teacher + at, to_t, mask=inside)
+        tl.store(grad_teacher + at, to_t * tl.full((1, 1), factor, ACC), mask=inside)
     slope = tl.where(inside, slope, 0.0)
     if row_slope is not None:
         slope = tl.sum(slope, axis=1, keep_dims=True)
@@ -113,8 +111,8 @@ def arguments(
         "teacher": teacher,
         "parameter": parameter,
         "loss": sums(grid[0] * grid[1]),
-        "grad_student": torch.empty_like(student) if grads & 1 else None,
-        "grad_teacher": torch.empty_like(teacher) if grads & 2 else None,
+        "grad_student": gradient_like(student) if grads & 1 else None,
+        "grad_teacher": gradient_like(teacher) if grads & 2 else None,
         "row_slope": sums(grid[1], rows) if grads & 4 and not along else None,
         "column_slope": sums(grid[0], length) if grads & 4 and along else None,
         "rows": rows,
@@ -122,8 +120,7 @@ def arguments(
         "p_outer_stride": outer_stride,
         "p_inner_stride": inner_stride,
         "margin": numbers.margin,
-        "student_factor": 1.0 if student.dtype == torch.float16 else factor,
-        "teacher_factor": 1.0 if teacher.dtype == torch.float16 else factor,
+        "factor": factor,
         "KIND": KINDS[choices.kind],
         "ALONG": along,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,

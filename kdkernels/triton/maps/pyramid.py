@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
-from kdkernels.ops.features import compute_dtype
+from kdkernels.ops.features import compute_dtype, gradient_like
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
 from kdkernels.triton.maps.spatial_attention import tile_offsets
 
@@ -43,7 +43,7 @@ def pyramid_kernel(
     student, teacher,  # (B, C, H, W)
     grad_student, grad_teacher,  # like these, or None
     losses,  # (programs,)
-    channels, height, width, student_factor: tl.float64, teacher_factor: tl.float64,
+    channels, height, width, factor: tl.float64,
     LEVELS: tl.constexpr, WEIGHTS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
     TC: tl.constexpr, TP: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -95,14 +95,11 @@ def pyramid_kernel(
                     part = (mean * weight / area)[:, None]
                     value += tl.where(taken[None, :], part, 0.0)
                 start += LEVELS[n] * LEVELS[n]
+            value *= tl.full((), factor, ACC)
             if grad_student is not None:
-                tl.store(
-                    grad_student + offsets, value * tl.full((), student_factor, ACC), mask=inside
-                )
+                tl.store(grad_student + offsets, value, mask=inside)
             if grad_teacher is not None:
-                tl.store(
-                    grad_teacher + offsets, value * -tl.full((), teacher_factor, ACC), mask=inside
-                )
+                tl.store(grad_teacher + offsets, -value, mask=inside)
 
 
 def arguments(
@@ -119,14 +116,13 @@ def arguments(
     return {
         "student": student,
         "teacher": teacher,
-        "grad_student": torch.empty_like(student) if grads & 1 else None,
-        "grad_teacher": torch.empty_like(teacher) if grads & 2 else None,
+        "grad_student": gradient_like(student) if grads & 1 else None,
+        "grad_teacher": gradient_like(teacher) if grads & 2 else None,
         "losses": student.new_empty((samples, triton.cdiv(channels, tile_channels)), dtype=dtype),
         "channels": channels,
         "height": height,
         "width": width,
-        "student_factor": 1.0 if student.dtype == torch.float16 else factor,
-        "teacher_factor": 1.0 if teacher.dtype == torch.float16 else factor,
+        "factor": factor,
         "LEVELS": tuple(levels),
         "WEIGHTS": tuple(weights),
         "CHANNELS_LAST": last,

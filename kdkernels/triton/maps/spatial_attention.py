@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
-from kdkernels.ops.features import compute_dtype
+from kdkernels.ops.features import compute_dtype, gradient_like
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
 
 EPS = tl.constexpr(1e-12)
@@ -71,7 +71,7 @@ def mean_kernel(
 def compare_kernel(
     student, teacher,  # (B, P): means, overwritten by the gradients to them
     losses,  # (B,)
-    positions, size: tl.float64, student_factor: tl.float64, teacher_factor: tl.float64,
+    positions, factor: tl.float64,
     DISTANCE: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0)
@@ -106,18 +106,17 @@ def compare_kernel(
         along_s += d * s
         along_t += d * t
     value = tl.sum(loss)
-    times = tl.full((), size, ACC)
-    unit = times
+    unit = tl.full((), factor, ACC)
     if DISTANCE == 0:
         unit *= 2
     if DISTANCE == 2:
         value = tl.sqrt(value)
         unit = tl.where(value > 0, unit / value, 0.0)
-    tl.store(losses + sample, value * times)
+    tl.store(losses + sample, value)
     project_s = tl.where(norm_s > eps, tl.sum(along_s), 0.0)
     project_t = tl.where(norm_t > eps, tl.sum(along_t), 0.0)
-    unit_s = unit * tl.full((), student_factor, ACC) * inverse_s
-    unit_t = unit * tl.full((), teacher_factor, ACC) * inverse_t
+    unit_s = unit * inverse_s
+    unit_t = unit * inverse_t
     for first in range(0, positions, WIDTH):
         position = first + tl.arange(0, WIDTH)
         inside = position < positions
@@ -166,18 +165,14 @@ def map_arguments(maps: Tensor, power: int, accumulator: torch.dtype) -> dict:
     }
 
 
-def compare_arguments(
-    means: Tensor, size: int, factor: float, halves: tuple[bool, bool], distance: int
-) -> dict:
+def compare_arguments(means: Tensor, factor: float, distance: int) -> dict:
     """Arguments of the comparison of ``means`` (2, B, P)."""
     return {
         "student": means[0],
         "teacher": means[1],
         "losses": means.new_empty(means.shape[1]),
         "positions": means.shape[2],
-        "size": float(size),
-        "student_factor": 1.0 if halves[0] else factor,
-        "teacher_factor": 1.0 if halves[1] else factor,
+        "factor": factor,
         "DISTANCE": distance,
         "ACC": tl.float64 if means.dtype == torch.float64 else tl.float32,
         "WIDTH": WIDTH,
@@ -188,7 +183,7 @@ def compare_arguments(
 def _spatial_attention(student, teacher, factor, numbers, choices, grads):
     power, distance = choices
     dtype = compute_dtype(student, teacher)
-    samples, channels, height, width = student.shape
+    samples, _, height, width = student.shape
     positions = height * width
     sides = student, teacher
     means = student.new_empty((2, samples, positions), dtype=dtype)
@@ -199,13 +194,12 @@ def _spatial_attention(student, teacher, factor, numbers, choices, grads):
             if samples:
                 grid = (samples, triton.cdiv(positions, launch["TP"]))
                 mean_kernel[grid](means=mean, **launch)
-        halves = tuple(x.dtype == torch.float16 for x in sides)
-        compare = compare_arguments(means, channels * positions, factor, halves, distance)
+        compare = compare_arguments(means, factor, distance)
         if samples:
             compare_kernel[(samples,)](**compare)
         for i, (x, launch) in enumerate(zip(sides, launches, strict=True)):
             wanted = bool(grads >> i & 1)
-            gradients.append(torch.empty_like(x) if wanted else x.new_empty(0))
+            gradients.append(gradient_like(x) if wanted else x.new_empty(0))
             if wanted and samples:
                 grid = (
                     samples,

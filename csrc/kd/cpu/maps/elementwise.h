@@ -23,7 +23,7 @@ struct Span {
 
 template <class F, class S, class V>
 KD_FN V element_span(const ElementParams& p, const Span<S>& x, V total, double* slope) {
-  const S margin = S(p.margin), by_student = S(p.student_factor), by_teacher = S(p.teacher_factor);
+  const S margin = S(p.margin), factor = S(p.factor);
   const V one = all<V>(x.parameter ? *x.parameter : F::template absent<S>());
   V slopes = all<V>(S(0));
   sweep<V>(x.n, [&](int i, auto w) __attribute__((always_inline)) {
@@ -31,8 +31,8 @@ KD_FN V element_span(const ElementParams& p, const Span<S>& x, V total, double* 
     const V c = x.along ? read<V>(x.parameter + i, w, S(0)) : one;
     const Element<V> e = F::terms(s, t, c, margin);
     total += counted(e.value, w);
-    if (x.to_student) write(x.to_student + i, w, e.student * by_student);
-    if (x.to_teacher) write(x.to_teacher + i, w, e.teacher * by_teacher);
+    if (x.to_student) write(x.to_student + i, w, e.student * factor);
+    if (x.to_teacher) write(x.to_teacher + i, w, e.teacher * factor);
     if (x.slopes) write(x.slopes + i, w, e.parameter);
     else if (slope) slopes += counted(e.parameter, w);
   });

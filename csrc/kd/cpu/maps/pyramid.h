@@ -50,7 +50,7 @@ struct Sides {
   Sides(const PyramidParams& p, int64_t r)
       : student{p.student, r * p.student.inner_stride}, teacher{p.teacher, r * p.teacher.inner_stride},
         of_student(p.grad_student, r, false), of_teacher(p.grad_teacher, r, false),
-        factor_s((S)p.factor_student), factor_t((S)-p.factor_teacher) {}
+        factor_s((S)p.factor), factor_t((S)-p.factor) {}
 
   // body(i, w, d) for the differences d of elements [first, first + n), n at most a block.
   template <class Body>

@@ -101,15 +101,13 @@ KD_FN void attention_sample(const SpatialAttentionParams& p, int64_t b, S* maps)
       loss += d * d;
     }
   if (p.distance == norm_of_it) loss = __builtin_sqrt(loss);
-  // Times as much as averaging makes gradients smaller than the maps.
-  const double size = (double)positions * p.student.channels;
-  p.sample_loss[b] = loss * size;
+  p.sample_loss[b] = loss;
 
   const double unit =
-      size * (p.distance == squared ? 2 : p.distance == absolute ? 1 : loss > 0 ? 1 / loss : 0);
+      p.factor * (p.distance == squared ? 2 : p.distance == absolute ? 1 : loss > 0 ? 1 / loss : 0);
   for (int side = 0; side < 2; side++) {
     if (!grads[side]->rows.data) continue;
-    const double sign = side ? -unit * p.factor_teacher : unit * p.factor_student;
+    const double sign = side ? -unit : unit;
     double along = 0;  // of the gradient to a, on a: normalising takes it away
     for (int64_t i = 0; i < positions; i++) {
       const double d = (double)a[0][i] - a[1][i];

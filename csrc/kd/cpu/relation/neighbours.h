@@ -32,8 +32,8 @@ inline void neighbours(const Neighbours& p, int64_t b) {
       for (int k = 0; k < n; k++) out[k] = slope[k] * factor;
       RowWriter<double>(grad, i, true).flush(first, n, out);
     };
-    put(p.grad_student, p.factor_student, scratch[0]);
-    put(p.grad_teacher, -p.factor_teacher, scratch[0]);
+    put(p.grad_student, p.factor, scratch[0]);
+    put(p.grad_teacher, -p.factor, scratch[0]);
   }
   p.loss[b] = loss;
 }
