@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kdkernels info | check | bench | train``."""
+"""``kdkernels info | check | bench | train | report``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _COMMANDS = {
     "check": "compare every loss on this machine with the reference in fp64",
     "bench": "time the losses against eager and torch.compile",
     "train": "train a teacher and distill a student",
+    "report": "write an HTML page about runs",
 }
 
 
@@ -55,12 +56,24 @@ def _train(argv: list[str]) -> int:
     try:
         from kdkernels.train.cli import main
     except ImportError as error:
-        print(
-            f"kdkernels train needs the train extra (pip install 'kdkernels[train]'): {error}",
-            file=sys.stderr,
-        )
-        return 1
+        return _missing("train", error)
     return main(argv)
+
+
+def _report(argv: list[str]) -> int:
+    try:
+        from kdkernels.train.report.cli import main
+    except ImportError as error:
+        return _missing("report", error)
+    return main(argv)
+
+
+def _missing(command: str, error: ImportError) -> int:
+    print(
+        f"kdkernels {command} needs the train extra (pip install 'kdkernels[train]'): {error}",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,5 +87,5 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=_COMMANDS, help="see below; each has its own --help")
     arguments = parser.parse_args(argv[:1])
-    run = {"info": _info, "check": _check, "bench": _bench, "train": _train}[arguments.command]
-    return run(argv[1:])
+    run = {"info": _info, "check": _check, "bench": _bench, "train": _train, "report": _report}
+    return run[arguments.command](argv[1:])

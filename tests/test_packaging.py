@@ -97,7 +97,7 @@ def test_wheel_without_a_compiler(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    modules = {name for name in files if re.match(r"kdkernels/.*\.py$", name)}
+    modules = {name for name in files if re.match(r"kdkernels/.*\.(py|css)$", name)}
     assert names == modules | {"kdkernels/_build.json"}
 
     report = python(

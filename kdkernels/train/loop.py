@@ -18,7 +18,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from torch import nn
 
-from kdkernels.train import checkpoint, report, teacher_cache
+from kdkernels.train import checkpoint, predictions, report, teacher_cache
 from kdkernels.train.clock import StepClock
 from kdkernels.train.config import Config
 from kdkernels.train.data import Batches, Dataset
@@ -130,5 +130,7 @@ def fit(
     last_accuracy = accuracy(*predict(model, data, data.test, device))
     student.load_state_dict(state.best["weights"])
     teacher_test = predict(teachers[0], data, data.test, device)[0] if teachers else None
-    test = measure(*predict(model, data, data.test, device), teacher_test)
+    logits, labels = predict(model, data, data.test, device)
+    test = measure(logits, labels, teacher_test)
+    predictions.save(out / "test.npz", data, logits, labels, teacher_test)
     return results(state, test, last_accuracy) | answers.cost

@@ -63,8 +63,8 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     return (gaps.abs().sum() / len(labels)).item()
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation over runs (0 for one) of every number but the seed.
+def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean and sample standard deviation over runs (None for one) of every number but the seed.
 
     Nested names are joined by dots, as in ``"test.accuracy"``.
     """
@@ -73,7 +73,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {
         name: {
             "mean": statistics.fmean(numbers),
-            "std": statistics.stdev(numbers) if len(numbers) > 1 else 0.0,
+            "std": statistics.stdev(numbers) if len(numbers) > 1 else None,
         }
         for name, numbers in values.items()
     }

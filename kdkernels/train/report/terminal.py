@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a run: a progress bar, a table, a plot."""
+"""What a terminal shows of a run, and the plot beside its results."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from kdkernels.train import checkpoint
 
 console = Console()
 
-# Heading, name in a summary, factor and decimals for display.
+# Group, heading, name in a summary, factor and decimals for display.
 ROWS = (
-    ("test accuracy, %", "test.accuracy", 100, 2),
-    ("same, last epoch", "test.accuracy_of_last_epoch", 100, 2),
-    ("best validation accuracy, %", "val.best", 100, 2),
-    ("mean of last 10 epochs", "val.mean_of_last_10", 100, 2),
-    ("agreement with teacher, %", "test.agreement", 100, 2),
-    ("KL to teacher, nats", "test.kl_to_teacher", 1, 4),
-    ("calibration error (ECE), %", "test.ece", 100, 2),
-    ("samples/s", "samples_per_second", 1, 0),
-    ("loss, ms a step", "loss_ms", 1, 4),
-    ("loss, % of the step", "loss_share", 100, 1),
+    ("test accuracy, %", "best epoch", "test.accuracy", 100, 2),
+    ("test accuracy, %", "last epoch", "test.accuracy_of_last_epoch", 100, 2),
+    ("validation accuracy, %", "best", "val.best", 100, 2),
+    ("validation accuracy, %", "last", "val.last", 100, 2),
+    ("validation accuracy, %", "mean of last 10", "val.mean_of_last_10", 100, 2),
+    ("teacher", "agreement, %", "test.agreement", 100, 2),
+    ("teacher", "KL, nats", "test.kl_to_teacher", 1, 4),
+    ("calibration", "ECE, %", "test.ece", 100, 2),
+    ("speed", "images/s", "samples_per_second", 1, 0),
+    ("speed", "loss, ms a step", "loss_ms", 1, 3),
+    ("speed", "loss, % of a step", "loss_share", 100, 1),
 )
 
 
@@ -51,21 +52,26 @@ def progress(label: str, done: int, total: int) -> Iterator[Callable[[], None]]:
 
 
 def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A column for each named summary: mean and standard deviation over seeds."""
+    """A column for each named summary: mean and sample standard deviation over seeds."""
     shown = Table(title=title)
+    shown.add_column("")
     shown.add_column("")
     for name in summaries:
         shown.add_column(name, justify="right")
-    for heading, key, factor, decimals in ROWS:
-        cells = []
-        for summary in summaries.values():
-            if key not in summary:
-                cells.append("-")
-                continue
-            mean, std = (factor * summary[key][part] for part in ("mean", "std"))
-            cells.append(f"{mean:.{decimals}f} ± {std:.{decimals}f}")
-        shown.add_row(heading, *cells)
+    before = None
+    for group, heading, *row in ROWS:
+        cells = [" ± ".join(mean_and_std(summary, *row)) for summary in summaries.values()]
+        shown.add_row(group if group != before else "", heading, *cells)
+        before = group
     return shown
+
+
+def mean_and_std(
+    summary: Mapping[str, Any], key: str, factor: float, decimals: int
+) -> tuple[str, ...]:
+    """Mean and deviation of an entry, as far as they are there: one seed has no deviation."""
+    values = summary.get(key, {}).values()
+    return tuple(f"{factor * x:.{decimals}f}" for x in values if x is not None) or ("-",)
 
 
 def plot(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:

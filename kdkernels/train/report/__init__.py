@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person sees of runs: a progress bar, a table, a plot, and a page about many of them."""
+
+from kdkernels.train.report.page import write_page
+from kdkernels.train.report.terminal import console, plot, progress, table
+
+__all__ = ["console", "plot", "progress", "table", "write_page"]
