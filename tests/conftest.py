@@ -31,6 +31,16 @@ def pytest_report_header():
     return lines
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What nvcc made of the CUDA kernels: from any worker, whether or not a test failed."""
+    reports = [x for outcome in ("passed", "failed") for x in terminalreporter.getreports(outcome)]
+    kernels = [text for x in reports for name, text in x.user_properties if name == "kernel"]
+    if kernels:
+        terminalreporter.section("CUDA kernels")
+        for text in sorted(kernels):
+            terminalreporter.write_line(text)
+
+
 def pytest_generate_tests(metafunc):
     """Tests that take ``backend`` and ``device`` run on every pair that works here.
 

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from simt_programs import FLAGS, SANITIZED, build_for_gpu, build_simulated
+from compiling import FLAGS, SANITIZED, build_for_gpu, build_simulated
 
 FOLDER = Path(__file__).parent / "simt"
 SEEDS = range(5)
