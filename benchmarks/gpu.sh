@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Build, test, benchmark or profile on a GPU machine, each in less than 10 minutes, without network:
 #   benchmarks/gpu.sh build | test | bench | profile [RESULTS]
-# Needs python3 with torch, triton, setuptools, pytest, pytest-xdist and hypothesis, and a C++
-# compiler. RESULTS is a folder ($OUT, or runs/gpu, by default). All is built in the source tree.
+# Needs python3 with torch, triton, setuptools, pytest, pytest-xdist and hypothesis, a C++ compiler
+# and nvcc. RESULTS is a folder ($OUT, or runs/gpu, by default). All is built in the source tree.
+# Wheels in $WHEELS, of packages to compare with, are unpacked for `bench` without what they need.
 set -euo pipefail
 case "${1:-}" in
   build | test | bench | profile) ;;
   *)
-    sed -n '3,6s/^# //p' "$0"
+    sed -n '3,7s/^# //p' "$0"
     exit 2
     ;;
 esac
@@ -18,7 +19,7 @@ mkdir -p "$results"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 
 build() {
-  python3 setup.py build_ext --inplace 2>&1 | tee "$results/build.log"
+  KDKERNELS_CUDA=1 python3 setup.py build_ext --inplace 2>&1 | tee "$results/build.log"
   python3 -m kdkernels info | tee "$results/info.txt"
 }
 
@@ -33,8 +34,12 @@ case "$1" in
       --continue-on-collection-errors --junitxml="$results/tests.xml" tests 2>&1 | tee "$results/tests.log"
     ;;
   bench)
-    timeout 580 python3 benchmarks/run.py --device cuda --seconds 0.5 --output "$results" 2>&1 |
-      tee "$results/bench.log"
+    if [ -n "${WHEELS:-}" ]; then
+      python3 -m pip install -q --no-index --no-deps --target runs/peers "$WHEELS"/*.whl
+      PYTHONPATH+=:$PWD/runs/peers
+    fi
+    timeout 580 python3 benchmarks/run.py --device cuda --seconds 0.5 --within 480 \
+      --output "$results" 2>&1 | tee "$results/bench.log"
     ;;
   profile)
     metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
@@ -42,19 +47,19 @@ case "$1" in
     metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
     metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active
     metrics+=,launch__registers_per_thread
-    for backend in ${BACKENDS:-triton}; do
-      for shape in 64x100 256x1000 4096x32000 8192x128256 2048x262144; do
-        for loss in kl_div kd_loss; do
-          name=$loss-$shape-bf16-$backend
-          step=(python3 benchmarks/step.py "$loss" "$shape" bf16 "$backend")
-          timeout 60 "${step[@]}" >"$results/$name.txt" 2>&1 || echo "$name: step failed"
-          # Counters need a permission that many machines do not give.
-          UNDER_NCU=1 timeout 90 ncu --profile-from-start off --clock-control none \
-            --metrics "$metrics" --csv --log-file "$results/$name.csv" "${step[@]}" >/dev/null 2>&1 ||
-            echo "$name: no counters, see $results/$name.csv"
-        done
+    for backend in ${BACKENDS:-cuda triton}; do
+      for what in kl_div/8192x128256 kl_div/256x1000 kl_div/4096x32000 kl_div/2048x262144 \
+        kd_loss/8192x128256; do
+        [ $SECONDS -lt 420 ] || { echo "$what $backend: not run, for want of time" && continue; }
+        name=${what//\//-}-bf16-$backend
+        step=(python3 benchmarks/step.py "${what%/*}" "${what#*/}" bf16 "$backend")
+        timeout 60 "${step[@]}" >"$results/$name.txt" 2>&1 || echo "$name: step failed"
+        # Counters need a permission that many machines do not give.
+        UNDER_NCU=1 timeout 90 ncu --profile-from-start off --clock-control none \
+          --metrics "$metrics" --csv --log-file "$results/$name.csv" "${step[@]}" >/dev/null 2>&1 ||
+          echo "$name: no counters, see $results/$name.csv"
       done
     done
-    grep -hE "gpu__time_duration|dram__throughput" "$results"/*.csv || true
+    grep -hE "gpu__time_duration|dram__" "$results"/*.csv || true
     ;;
 esac

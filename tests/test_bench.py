@@ -67,7 +67,7 @@ def test_extra_memory_is_one_gradient(loss, upstream):
         def call(given, backend=backend):
             return loss(given, backend=backend)
 
-        memory = rows._memory(loss, backend, call, inputs, upstream, "cpu")
+        memory = rows._counts(loss, backend, call, inputs, upstream, "cpu")
         assert memory["extra_bytes"] <= count * classes * 4 + per_row
         assert memory["inplace_extra_bytes"] <= per_row
 
@@ -126,6 +126,13 @@ def test_failing_contender_is_reported_and_left_out():
     calls, skipped = {"eager": None, "compile": None}, {}
     assert rows._each(calls, skipped, fail) == {"eager": {"seconds": 1.0}}
     assert list(calls) == ["eager"] and skipped == {"compile": "RuntimeError: no compiler"}
+
+
+def test_no_case_is_begun_after_its_time():
+    cases = [bench.Case("kl_div", "16x50"), bench.Case("kd_loss", "16x50")]
+    result = bench.run(cases, bench.Settings(), within=-1)
+    assert not result["rows"]
+    assert [case["loss"] for case in result["not_run"]] == ["kl_div", "kd_loss"]
 
 
 def test_command(tmp_path, capsys):

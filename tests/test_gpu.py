@@ -6,6 +6,11 @@ The other test files also run on a GPU where there is one: pytest -m gpu.
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -210,3 +215,32 @@ def test_fp16_under_a_scaler(name, kernel):
     grad = student.grad[:64].double() / scale
     assert student.grad.isfinite().all()
     assert (grad - oracle).norm() <= 2e-3 * oracle.norm()
+
+
+# Rows of a warp, of a block, unaligned, and of several blocks, a few of each.
+_SMALL_CALLS = """
+import sys, torch
+from kdkernels.testing import LOSSES
+for name in ("kl_div", "dkd_loss", "kl_div_standardized"):
+    for shape in ((3, 10), (5, 1001), (2, 40000), (2, 140001)):
+        for dtype in (torch.bfloat16, torch.float32):
+            inputs = LOSSES[name].inputs(*shape, device="cuda", dtype=dtype, requires_grad=True)
+            LOSSES[name](inputs, backend=sys.argv[1]).backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer(tool, kernel):
+    sanitizer = shutil.which("compute-sanitizer") or pytest.skip("no compute-sanitizer")
+    result = subprocess.run(
+        [
+            sanitizer, "--tool", tool, "--error-exitcode", "99", "--print-limit", "5",
+            sys.executable, "-c", _SMALL_CALLS, kernel,
+        ],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    if "Device not supported" in result.stdout:
+        pytest.skip("compute-sanitizer does not know this device")
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -82,8 +82,13 @@ def _takes_hidden_states(loss: Loss) -> Call:
     raise NotImplementedError("takes hidden states and the head's weight, not logits")
 
 
+def _cross_entropy_only(loss: Loss) -> Call:
+    raise NotImplementedError("has the cross-entropy alone, and no loss between two rows of logits")
+
+
 PEERS: dict[str, Callable[[Loss], Call]] = {
     "liger-kernel": _liger,
     "orda-kernel": _takes_hidden_states,
     "fla-core": _takes_hidden_states,
+    "quack-kernels": _cross_entropy_only,
 }

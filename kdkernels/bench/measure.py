@@ -201,6 +201,18 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
+def launches(function: Function) -> int | None:
+    """How often one call has the GPU do something; None where profiling is not permitted."""
+    function()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == on_gpu for event in profile.events()) or None
+
+
 def extra_bytes(function: Function, device: str) -> int:
     """Peak of the tensors allocated during one call, above what was there before."""
     if torch.device(device).type == "cpu":

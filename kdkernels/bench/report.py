@@ -11,7 +11,8 @@ from kdkernels.bench.contenders import BACKENDS
 
 # "x": times as fast as the better baseline; "memory": extra, in sizes of the gradient.
 COLUMNS = (
-    "", "ms", "p20", "p80", "x", "GB/s", "copy", "loss error", "grad error", "memory", "host us",
+    "", "ms", "p20", "p80", "x", "GB/s", "copy", "loss error", "grad error", "memory", "launches",
+    "host us",
 )  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def lines(row: dict) -> list[tuple[str, ...]]:
                 cell(values, "loss_error", "{:.1e}"),
                 cell(values, "grad_error", "{:.1e}"),
                 "" if extra is None else f"{extra / row['gradient_bytes']:.2f}",
+                cell(values, "launches", "{}"),
                 f"{values['host_seconds'] * 1e6:.1f}" if "host_seconds" in values else "",
             )
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import re
 import subprocess
@@ -62,15 +63,21 @@ def run(
     *,
     near_zero: Iterable[str] = (),
     progress: Callable[[dict], None] = lambda result: None,
+    within: float | None = None,
 ) -> dict:
     """Rows for ``cases``, rows for the divergences in ``near_zero``, and the environment.
 
-    ``progress`` is called after each row with what there is so far, the newest row last.
+    ``progress`` is called after each row with what there is so far, the newest row last. No case
+    is begun once ``within`` seconds are over; those left out are listed as ``not_run``.
     """
-    result = {"environment": environment(settings), "rows": [], "near_zero": []}
+    deadline = time.monotonic() + (math.inf if within is None else within)
+    result = {"environment": environment(settings), "rows": [], "near_zero": [], "not_run": []}
     for name in near_zero:
         result["near_zero"] += _near_zero_rows(name, settings)
     for case in cases:
+        if time.monotonic() > deadline:
+            result["not_run"].append(case._asdict())
+            continue
         for row in _rows(case, settings):
             result["rows"].append(row)
             progress(result)
@@ -121,15 +128,15 @@ def _each(calls: dict[str, Call], skipped: dict[str, str], what: Callable) -> di
 
 
 def _measured(row: dict, loss: Loss, calls, skipped, make, settings: Settings) -> dict[str, dict]:
-    """Memory and time by contender, and of a copy; adds the sizes of the inputs to ``row``."""
+    """Memory and launches, and time, also of a copy; adds the sizes of the inputs to ``row``."""
     inputs = make(0)
     row["minimal_bytes"] = measure.minimal_bytes(inputs)
     row["gradient_bytes"] = inputs["student"].nbytes
 
-    def memory(name, call):
-        return _memory(loss, name, call, inputs, row["upstream"], settings.device)
+    def counts(name, call):
+        return _counts(loss, name, call, inputs, row["upstream"], settings.device)
 
-    found = _each(calls, skipped, memory)
+    found = _each(calls, skipped, counts)
     times = {"cpu": measure.cpu_times, "cuda": measure.gpu_times}[
         torch.device(settings.device).type
     ]
@@ -137,12 +144,14 @@ def _measured(row: dict, loss: Loss, calls, skipped, make, settings: Settings) -
     return {name: {**values, **found.get(name, {})} for name, values in timed.items()}
 
 
-def _memory(loss: Loss, name: str, call: Call, inputs, upstream: float, device: str) -> dict:
+def _counts(loss: Loss, name: str, call: Call, inputs, upstream: float, device: str) -> dict:
     step = measure.make_step(call, inputs, upstream)
     step()
     result = {"extra_bytes": measure.extra_bytes(step, device)}
     if torch.device(device).type == "cpu":
         result["resident_bytes"] = measure.resident_bytes(step)
+    else:
+        result["launches"] = measure.launches(step)
     takes_inplace = "inplace" in inspect.signature(loss.function).parameters
     if takes_inplace and name in BACKENDS and name != "reference":
         leaf = inputs["student"]
