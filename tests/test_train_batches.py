@@ -235,3 +235,15 @@ def test_batches_on_a_gpu_are_those_of_a_cpu(data):
     torch.testing.assert_close(one.images, other.images.cpu())
     torch.testing.assert_close(one.labels, other.labels.cpu())
     assert torch.equal(one.rows, other.rows.cpu()) and torch.equal(one.turns, other.turns.cpu())
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_shares_make_up_the_batch(data, mixup):
+    settings = {"batch_size": 6, "augment": "crop-flip", "seed": 1, "device": "cpu", "views": 2}
+    whole = Batches(data, **settings, mixup=mixup)(3)
+    shared = Batches(data, **settings, mixup=mixup, shares=3)
+    shares = [shared(3, share) for share in range(3)]
+    for field in ("images", "labels", "rows"):
+        views = [getattr(share, field).unflatten(0, (2, 2)) for share in shares]
+        assert torch.equal(torch.cat(views, 1).flatten(0, 1), getattr(whole, field))
+    assert all(share.views == whole.views for share in shares)

@@ -22,6 +22,11 @@ OPTIONS = (
     "--accelerator cpu --seed 7"
 )
 ARGUMENTS = OPTIONS.split()
+# Everything that carries something from step to step.
+EVERYTHING = (
+    "--method skd --teacher mlp8 --teacher-epochs 1 --ema .9 --accumulate 2 --clip-norm 1 "
+    "--schedule onecycle --mixup .2"
+)
 LIMIT_SECONDS = 60
 
 
@@ -32,7 +37,7 @@ def train_until_killed(out, *, after_step):
     """Train in a process of its own and kill it, mid-epoch, once ``after_step`` is on disk."""
     command = "import sys; from kdkernels.train.cli import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", command, *ARGUMENTS, "--out", str(out)],
+        [sys.executable, "-c", command, *ARGUMENTS, *EVERYTHING.split(), "--out", str(out)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     path = out / "seed-7" / "checkpoint.pt"
@@ -50,13 +55,14 @@ def train_until_killed(out, *, after_step):
 
 def test_a_killed_run_resumes_bit_equal(tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    assert main([*ARGUMENTS, "--out", str(alone)]) == 0
+    arguments = [*ARGUMENTS, *EVERYTHING.split()]
+    assert main([*arguments, "--out", str(alone)]) == 0
     state = train_until_killed(killed, after_step=20)
-    assert main([*ARGUMENTS, "--out", str(killed), "--resume"]) == 0
+    assert main([*arguments, "--out", str(killed), "--resume"]) == 0
 
     ends = [checkpoint.load_state(out / "seed-7" / "checkpoint.pt") for out in (alone, killed)]
     assert ends[0]["state"]["step"] == ends[1]["state"]["step"] > state["step"]
-    for part in ("student", "optimizer", "rng"):
+    for part in ("student", "average", "method", "optimizer", "rng"):
         torch.testing.assert_close(ends[0][part], ends[1][part], rtol=0, atol=0)
     logs = [(out / "seed-7" / "log.jsonl").read_text().splitlines() for out in (alone, killed)]
     for before, after in zip(*logs, strict=True):

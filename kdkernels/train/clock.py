@@ -10,42 +10,50 @@ from torch import Tensor
 
 
 class StepClock:
-    """Four marks a step: its start, the loss's start, the loss's end, its end.
+    """Notes when steps start and end, and within them, once or several times, when losses do.
 
-    The loss ends when its gradient arrives at the student's logits, inside the one backward pass;
+    A loss ends when its gradient arrives at the student's logits, inside the one backward pass;
     a hook on the logits sees that moment. So forward and backward of the loss are timed as they
     run in training: no second pass, no cut in the graph, no copy of the gradient. On a GPU marks
-    are events on the stream, read once per epoch; nothing waits for them before.
+    are events on the stream, read every so often; nothing waits for them before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.marks: list[float | torch.cuda.Event] = []
+        self.steps: list[float | torch.cuda.Event] = []
+        self.losses: list[float | torch.cuda.Event] = []
 
-    def mark(self) -> None:
+    def step_starts(self) -> None:
         """Note the present moment."""
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
+        self.steps.append(self._now())
+
+    def step_ends(self) -> None:
+        """Note the present moment."""
+        self.steps.append(self._now())
 
     def loss_starts(self, logits: Tensor) -> None:
         """Note the loss's start now, and its end when the gradient reaches ``logits``."""
-        self.mark()
-        logits.register_hook(lambda gradient: self.mark())
+        self.losses.append(self._now())
+        logits.register_hook(lambda gradient: self.losses.append(self._now()))
 
     def read(self) -> tuple[float, float]:
         """Seconds of the steps since the last reading, and of their losses."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        step = loss = 0.0
-        for start, loss_start, loss_end, end in zip(*[iter(self.marks)] * 4, strict=True):
-            step += self._seconds(start, end)
-            loss += self._seconds(loss_start, loss_end)
-        self.marks.clear()
-        return step, loss
+        seconds = self._total(self.steps), self._total(self.losses)
+        self.steps.clear()
+        self.losses.clear()
+        return seconds
 
-    def _seconds(self, start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-        return start.elapsed_time(end) / 1000 if self.on_gpu else end - start
+    def _now(self) -> float | torch.cuda.Event:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _total(self, marks: list[float | torch.cuda.Event]) -> float:
+        pairs = zip(marks[::2], marks[1::2], strict=True)
+        if self.on_gpu:
+            return sum(start.elapsed_time(end) for start, end in pairs) / 1000
+        return sum(end - start for start, end in pairs)

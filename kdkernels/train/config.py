@@ -31,9 +31,17 @@ class Config:
         epochs: passes over the training images.
         max_steps: stop after so many steps, if that is earlier.
         batch_size: images per step.
-        lr: learning rate of SGD (Nesterov momentum 0.9) at the start.
-        schedule: cosine to zero, or multistep (a tenth after 5/8, 6/8 and 7/8 of the steps).
-        weight_decay: L2 penalty of all weights.
+        accumulate: cut every batch into so many micro-batches and add up their gradients: less
+            memory, the same step but for rounding, for batch normalisation and for losses that
+            relate the samples of a batch, which see a micro-batch each.
+        optimizer: sgd (with Nesterov momentum 0.9) or adamw.
+        lr: learning rate at the start, or at the height of one cycle.
+        schedule: cosine to zero, multistep (a tenth after 5/8, 6/8 and 7/8 of the steps), or
+            onecycle (up from a 25th over 3/10 of the steps, then down to nearly zero).
+        weight_decay: L2 penalty of all weights; adamw's is decoupled.
+        clip_norm: scale gradients down to this norm where theirs is larger; 0 does not.
+        ema: decay of a moving average of the student's weights, 0.999 say, which is evaluated and
+            exported in their place; 0 has none.
         augment: crop (after padding), flip and cutout, those wanted joined by dashes as in
             crop-flip, or none; auto takes what suits the data set.
         augment_seed: seed of augmentation, the run's own if not given; runs that share it can share
@@ -48,7 +56,8 @@ class Config:
         cache_topk: keep only the k largest logits, for methods that can do with them (kd).
         backend: which implementation runs the distillation losses.
         accelerator: the device to train on.
-        precision: of the networks; losses are computed in float32 or better.
+        precision: of the networks; losses are computed in float32 or better. auto is bf16-mixed on
+            hardware made for it (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), else 32-true.
         val_fraction: share of the training images that selects the best epoch, where the data
             set has no validation part.
         split_seed: seed by which validation (and, where there is none, test) images are drawn.
@@ -69,9 +78,13 @@ class Config:
     epochs: int = 60
     max_steps: int | None = None
     batch_size: int = 64
+    accumulate: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.05
-    schedule: Literal["cosine", "multistep"] = "cosine"
+    schedule: Literal["cosine", "multistep", "onecycle"] = "cosine"
     weight_decay: float = 5e-4
+    clip_norm: float = 0.0
+    ema: float = 0.0
     augment: str = "auto"
     augment_seed: int | None = None
     mixup: float = 0.0
@@ -82,7 +95,7 @@ class Config:
     cache_topk: int | None = None
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
     val_fraction: float = 0.1
     split_seed: int = 0
     image_size: int | None = None
@@ -93,16 +106,20 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in (
-            "epochs", "max_steps", "batch_size", "lr", "teacher_epochs", "image_size",
+            "epochs", "max_steps", "batch_size", "accumulate", "lr", "teacher_epochs", "image_size",
             "cache_views", "cache_topk",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{option(name)}: expected a number above 0, got {value}")
-        for name in ("weight_decay", "checkpoint_every", "mixup", "augment_seed"):
+        for name in (
+            "weight_decay", "clip_norm", "ema", "checkpoint_every", "mixup", "augment_seed"
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"{option(name)}: expected 0 or more, got {value}")
+        if not self.ema < 1:
+            raise InputError(f"--ema: expected a number below 1, got {self.ema}")
         if not self.seed or len(set(self.seed)) < len(self.seed) or min(self.seed) < 0:
             raise InputError(f"--seed: expected different numbers from 0 up, got {list(self.seed)}")
         if self.augment != "auto":

@@ -24,6 +24,7 @@ from kdkernels import backends
 from kdkernels.train import checkpoint, report
 from kdkernels.train.config import Config, option
 from kdkernels.train.data import Dataset, load_data
+from kdkernels.train.devices import make_fabric
 from kdkernels.train.errors import InputError
 from kdkernels.train.loop import fit
 from kdkernels.train.methods import METHODS, Composite, Method
@@ -40,10 +41,11 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     """
     options = dict(options or {})
     method = make_method(config.method, config.backend, options)
-    record = config.resolved() | resolved_options(config.method, options)
     if method.teachers(0) and not (config.teacher or config.teacher_checkpoint):
         raise InputError(f"--method {config.method}: expected --teacher or --teacher-checkpoint")
     fabric = make_fabric(config)
+    config = replace(config, precision=fabric.strategy.precision.precision)
+    record = config.resolved() | resolved_options(config.method, options)
     require_backend(config.backend, fabric.device.type)
     data = load_data(
         config.data,
@@ -62,6 +64,9 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     results = {"config": record, "environment": kdkernels.info()}
     out = Path(config.out or f"runs/{data.name}-{config.method}-{config.student}")
     claim(out, record, resume=config.resume)
+    report.console.print(
+        f"{out}: {config.precision} on {fabric.device}, losses in float32 or better"
+    )
 
     if config.teacher:
         teacher = trained_teacher(fabric, data, config, out / "teacher")
@@ -187,16 +192,6 @@ def resolved_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             prefix + key: value for key, value in arguments.arguments.items() if key != "backend"
         }
     return resolved
-
-
-def make_fabric(config: Config) -> Fabric:
-    """One device at the precision asked for."""
-    try:
-        return Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"--accelerator {config.accelerator} --precision {config.precision}: {error}"
-        ) from error
 
 
 def claim(out: Path, record: dict[str, Any], *, resume: bool) -> None:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -18,11 +19,10 @@ from kdkernels.train.teachers import Teachers
 
 
 class Learner(nn.Module):
-    """The student's answer to images, or the loss of a batch and its terms.
+    """The student's answer to images, and what comes of it: the losses.
 
-    One module, whose ``forward`` has all that gradients come from: a wrapper for several processes
-    sees the method's parameters too. The student runs at Fabric's precision, the losses in float32
-    or better.
+    One module, within whose ``forward`` all is computed that gradients come from: a wrapper for
+    several processes sees the method's parameters too. The student runs at Fabric's precision.
     """
 
     def __init__(self, fabric: Fabric, student: Tapped, method: Method) -> None:
@@ -30,18 +30,27 @@ class Learner(nn.Module):
         self.student, self.method = student, method
         self.precision, self.device_type = fabric.strategy.precision, fabric.device.type
 
-    def forward(
+    def forward(self, images: Tensor, then: Callable[[Output], Any] | None = None) -> Any:
+        """The student's output, or what ``then`` makes of it."""
+        out = self.student(images)
+        return then(out) if then else out
+
+    def losses(
         self,
-        images: Tensor,
-        batch: Batch | None = None,
-        teacher_out: Sequence[Output] = (),
-        step: int = 0,
-        clock: StepClock | None = None,
-    ) -> Output | tuple[Tensor, dict[str, Tensor]]:
-        student_out = self.student(images)
-        if batch is None:
-            return student_out
-        student_out = self.precision.convert_output(student_out)
+        batch: Batch,
+        teacher_out: Sequence[Output],
+        step: int,
+        clock: StepClock,
+        student_out: Output,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its terms in float32 or better, for ``forward`` to call.
+
+        Not arguments of ``forward``, where Fabric would round the teacher to the student's
+        precision.
+        """
+        batch, teacher_out, student_out = self.precision.convert_output(
+            (batch, teacher_out, student_out)
+        )
         clock.loss_starts(student_out.logits)
         with torch.autocast(self.device_type, enabled=False):
             teacher_out = self.method.teach(batch, teacher_out)

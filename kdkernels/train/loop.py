@@ -10,8 +10,8 @@ step.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from kdkernels.train import checkpoint, predictions, report, teacher_cache
+from kdkernels.train.average import Average
 from kdkernels.train.clock import StepClock
 from kdkernels.train.config import Config
 from kdkernels.train.data import Batches, Dataset
@@ -26,10 +27,14 @@ from kdkernels.train.learner import Learner, dry_run
 from kdkernels.train.methods import Method, Run
 from kdkernels.train.metrics import accuracy, measure, predict
 from kdkernels.train.optimizer import make_optimizer, set_lr
-from kdkernels.train.records import add_to_tally, close_epoch, results
+from kdkernels.train.records import Tally, close_epoch, require_finite, results
 from kdkernels.train.state import State, restore, save
 from kdkernels.train.taps import Tapped
 from kdkernels.train.teachers import Teachers
+
+# Steps after which losses are looked at: seldom enough to cost nothing, and what is no number ends
+# a run long before the end of a long epoch.
+READ_EVERY = 100
 
 
 def fit(
@@ -49,6 +54,7 @@ def fit(
     ``checkpoint.pt`` and ``log.jsonl`` into ``out`` and goes on from a checkpoint found there.
     """
     device = fabric.device
+    average = Average(fabric, student, config.ema) if config.ema else None
     batches = Batches(
         data,
         batch_size=config.batch_size,
@@ -58,6 +64,7 @@ def fit(
         mixup=config.mixup,
         seed=seed,
         device=device,
+        shares=config.accumulate,
     )
     last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
     method.begin(Run(data, last_step, batches.per_epoch))
@@ -65,11 +72,13 @@ def fit(
     network = Tapped(student, student_taps, what="student")
     teachers = Teachers(fabric, teachers, teacher_taps)
     dry_run(method, network, teachers, data, fabric)
-    model = fabric.setup_module(Learner(fabric, network, method))
+    learner = Learner(fabric, network, method)
+    model = fabric.setup_module(learner)
     optimizer = fabric.setup_optimizers(make_optimizer(student, method, config))
 
     state = State()
     checkpointed = {"student": student, "method": method, "optimizer": optimizer}
+    checkpointed |= {"average": average} if average else {}
     checkpointed["precision"] = fabric.strategy.precision
     if (out / "checkpoint.pt").exists():
         state = restore(out / "checkpoint.pt", checkpointed, device)
@@ -77,9 +86,9 @@ def fit(
     answers = teachers
     if config.teacher_cache:
         answers = teacher_cache.prepare(teachers, method, batches, config, last_step)
+    evaluated = average.network if average else model
     teacher_val = predict(teachers[0], data, data.val, device)[0] if teachers else None
-    clock = StepClock(device)
-    sums: Counter[str] = Counter()
+    clock, tally = StepClock(device), Tally(fabric, config.accumulate)
 
     label = f"{config.method} {config.student} seed {seed}"
     with report.progress(label, state.step, last_step) as advance:
@@ -87,47 +96,54 @@ def fit(
             epoch, position = divmod(state.step, batches.per_epoch)
             if position == 0:
                 method.on_boundary(epoch)
-            clock.mark()
+            clock.step_starts()
             set_lr(optimizer, config.schedule, state.step / last_step)
-
-            batch = batches(state.step)
-            teacher_out = answers(batch, method.teachers(state.step))
-            loss, terms = model(batch.images, batch, teacher_out, state.step, clock)
-            fabric.backward(loss)
+            for share in range(config.accumulate):
+                batch = batches(state.step, share)
+                teacher_out = answers(batch, method.teachers(state.step))
+                losses = partial(learner.losses, batch, teacher_out, state.step, clock)
+                loss, terms = model(batch.images, losses)
+                fabric.backward(loss / config.accumulate)
+                tally.add(state.step, terms | {"loss": loss})
+            if config.clip_norm:
+                fabric.clip_gradients(
+                    model, optimizer, max_norm=config.clip_norm, error_if_nonfinite=False
+                )
             optimizer.step()
             optimizer.zero_grad()
-            clock.mark()
-
-            # Kept on the device: reading a loss at every step would make a GPU wait for it.
-            sums.update({name: term.detach() for name, term in terms.items()})
-            sums.update(steps=1, loss=loss.detach())
+            if average:
+                average.update(student, state.step)
+            clock.step_ends()
             state.step += 1
             advance()
 
             epoch_ends = state.step % batches.per_epoch == 0 or state.step == last_step
-            if epoch_ends or (
+            saves = epoch_ends or (
                 config.checkpoint_every and state.step % config.checkpoint_every == 0
-            ):
-                sums["seconds"], sums["loss_seconds"] = clock.read()
-                add_to_tally(state, sums)
-                if epoch_ends:
-                    logits, labels = predict(model, data, data.val, device)
-                    validation = measure(logits, labels, teacher_val)
-                    if teacher_val is not None:
-                        validation |= method.measure(logits, teacher_val)
-                    close_epoch(
-                        state,
-                        epoch,
-                        validation,
-                        student,
-                        lr=optimizer.param_groups[0]["lr"],
-                        batch_size=batches.batch_size,
-                    )
-                    checkpoint.write_lines(out / "log.jsonl", state.history)
+            )
+            if saves or state.step % READ_EVERY == 0:
+                tally.read_into(state, clock)
+            if saves:
+                require_finite(student, state.step)
+            if epoch_ends:
+                logits, labels = predict(evaluated, data, data.val, device)
+                validation = measure(logits, labels, teacher_val)
+                if teacher_val is not None:
+                    validation |= method.measure(logits, teacher_val)
+                close_epoch(
+                    state,
+                    epoch,
+                    validation,
+                    average.student if average else student,
+                    lr=optimizer.param_groups[0]["lr"],
+                    batch_size=batches.batch_size,
+                )
+                checkpoint.write_lines(out / "log.jsonl", state.history)
+            if saves:
                 save(out / "checkpoint.pt", state, checkpointed, device)
 
     # Test images: read only now, when nothing is left to choose.
-    last_accuracy = accuracy(*predict(model, data, data.test, device))
+    last_accuracy = accuracy(*predict(evaluated, data, data.test, device))
     student.load_state_dict(state.best["weights"])
     teacher_test = predict(teachers[0], data, data.test, device)[0] if teachers else None
     logits, labels = predict(model, data, data.test, device)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,23 +13,25 @@ from torch import nn
 from kdkernels.train.config import Config
 from kdkernels.train.methods import Method
 
-MOMENTUM = 0.9
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adamw": torch.optim.AdamW,
+}
 # The multistep schedule: a tenth of the learning rate after each of these shares of the steps.
 MILESTONES = (5 / 8, 6 / 8, 7 / 8)
+# The one-cycle schedule, with torch's proportions: where it starts and ends, as shares of the
+# learning rate, and how much of it goes upwards.
+CYCLE_START, CYCLE_END, CYCLE_RISE = 1 / 25, 1 / 25e4, 0.3
 
 
 def make_optimizer(student: nn.Module, method: Method, config: Config) -> torch.optim.Optimizer:
-    """SGD over the student's parameters and the method's own groups.
+    """The optimizer of the student's parameters and the method's own groups.
 
     A group of the method has ``lr_scale`` times the student's learning rate.
     """
     groups = [{"params": list(student.parameters())}, *method.parameter_groups()]
-    optimizer = torch.optim.SGD(
-        [scaled(group, config.lr) for group in groups],
-        momentum=MOMENTUM,
-        nesterov=True,
-        weight_decay=config.weight_decay,
-    )
+    groups = [scaled(group, config.lr) for group in groups]
+    optimizer = OPTIMIZERS[config.optimizer](groups, weight_decay=config.weight_decay)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
@@ -48,7 +51,15 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: str, progress: float) -> 
 
 
 def lr_factor(schedule: str, progress: float) -> float:
-    """Share of the initial learning rate after ``progress`` (0 to 1) of the steps."""
+    """Share of ``--lr`` after ``progress`` (0 to 1) of the steps."""
+    if schedule == "multistep":
+        return 0.1 ** sum(progress >= milestone for milestone in MILESTONES)
     if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 0.1 ** sum(progress >= milestone for milestone in MILESTONES)
+        return _cosine(1.0, 0.0, progress)
+    if progress < CYCLE_RISE:
+        return _cosine(CYCLE_START, 1.0, progress / CYCLE_RISE)
+    return _cosine(1.0, CYCLE_END, (progress - CYCLE_RISE) / (1 - CYCLE_RISE))
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))

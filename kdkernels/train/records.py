@@ -5,28 +5,67 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
 
+from kdkernels.train.clock import StepClock
 from kdkernels.train.errors import DivergedError
 from kdkernels.train.state import State
 
 
-def add_to_tally(state: State, sums: Counter[str]) -> None:
-    """Move the sums of the last steps into the state, unless one of them is not finite."""
-    tally = {name: float(value) for name, value in sums.items()}
-    sums.clear()
-    broken = [name for name, value in tally.items() if not math.isfinite(value)]
-    if broken:
-        first = state.step - int(tally["steps"]) + 1
+class Tally:
+    """Losses and their terms, kept on the device until read: reading makes a GPU wait.
+
+    With several processes a value is the mean of theirs.
+    """
+
+    def __init__(self, fabric: Fabric, shares: int) -> None:
+        self.fabric, self.shares = fabric, shares
+        self._values: list[tuple[int, str, Tensor]] = []
+
+    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Note values of one of the ``shares`` of a step, counted from 0."""
+        self._values += [(step, name, value.detach()) for name, value in values.items()]
+
+    def read_into(self, state: State, clock: StepClock) -> None:
+        """Add what came since the last reading, unless some of it is not finite."""
+        values = torch.stack([value.double() for _, _, value in self._values])
+        values = self.fabric.all_reduce(values, reduce_op="mean").tolist()
+        noted = [
+            (step, name, value) for (step, name, _), value in zip(self._values, values, strict=True)
+        ]
+        self._values.clear()
+        if broken := [(step, name) for step, name, value in noted if not math.isfinite(value)]:
+            first = broken[0][0]
+            names = dict.fromkeys(name for step, name in broken if step == first)
+            raise DivergedError(
+                f"{', '.join(names)} not finite in step {first + 1}; the last checkpoint, of an "
+                f"earlier step, is kept (a smaller --lr may help, or --clip-norm)"
+            )
+        for _, name, value in noted:
+            state.tally[name] = state.tally.get(name, 0.0) + value / self.shares
+        seconds, loss_seconds = clock.read()
+        for name, value in {
+            "steps": len({step for step, _, _ in noted}),
+            "seconds": seconds,
+            "loss_seconds": loss_seconds,
+        }.items():
+            state.tally[name] = state.tally.get(name, 0.0) + value
+
+
+def require_finite(student: nn.Module, step: int) -> None:
+    """Refuse weights that are no numbers, which the losses of ``step`` cannot have shown yet."""
+    state = student.state_dict()
+    finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
+    if broken := [name for name, good in zip(state, finite, strict=True) if not good]:
         raise DivergedError(
-            f"{', '.join(broken)} not finite within steps {first} to {state.step}; the checkpoint "
-            f"before them is kept (a smaller --lr may help)"
+            f"weights not finite after step {step}: {', '.join(broken[:3])}; the last checkpoint, "
+            f"of an earlier step, is kept (a smaller --lr may help, or --clip-norm)"
         )
-    for name, value in tally.items():
-        state.tally[name] = state.tally.get(name, 0.0) + value
 
 
 def close_epoch(

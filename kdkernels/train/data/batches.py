@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdkernels.train.data.augment import Augmentation, mix_up
 from kdkernels.train.data.dataset import Dataset
+from kdkernels.train.errors import InputError
 
 # What a generator is for: its second key beside the seed.
 ORDER, AUGMENT, MIX = range(3)
@@ -42,7 +43,8 @@ class Batches:
     The rest of an epoch that does not fill a batch is left out; another shuffle brings it in. Each
     image comes in ``views`` views, new ones in every epoch; if ``distinct_views`` is given, there
     are so many in all and they come round again. ``mixup`` is the alpha of
-    :func:`~kdkernels.train.data.augment.mix_up`, 0 for none.
+    :func:`~kdkernels.train.data.augment.mix_up`, 0 for none. Batches are handed out in so many
+    ``shares``, one for each process and micro-batch.
     """
 
     def __init__(
@@ -57,10 +59,17 @@ class Batches:
         distinct_views: int | None = None,
         augment_seed: int | None = None,
         mixup: float = 0.0,
+        shares: int = 1,
     ) -> None:
         self.data, self.device, self.seed = data, torch.device(device), seed
         self.normalise = normaliser(data, self.device)
-        self.batch_size = min(batch_size, len(data.train))
+        if batch_size % shares or len(data.train) < shares:
+            raise InputError(
+                f"--batch-size {batch_size}: expected a multiple of {shares} (micro-batches x "
+                f"processes) for {len(data.train)} training images"
+            )
+        self.batch_size = min(batch_size, len(data.train) // shares * shares)
+        self.shares = shares
         self.per_epoch = len(data.train) // self.batch_size
         self.augment = Augmentation.parse(data.augment if augment == "auto" else augment)
         self.augment_seed = seed if augment_seed is None else augment_seed
@@ -73,13 +82,17 @@ class Batches:
         self._epoch, self._order = -1, torch.empty(0)
         self._choices: dict[int, Tensor] = {}  # of the views lately used
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int, share: int = 0) -> Batch:
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             rng = np.random.default_rng((self.seed, ORDER, epoch))
             self._order = torch.from_numpy(rng.permutation(len(self.data.train)))
             self._epoch = epoch
         rows = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        size = self.batch_size // self.shares
+        own = slice(share * size, (share + 1) * size)
+        if not self.mixup:
+            rows = rows[own]
         views = self.views_of(epoch)
         images = [self.view(rows, view) for view in views]
         batch = Batch(
@@ -90,7 +103,8 @@ class Batches:
         )
         if self.mixup:
             rng = np.random.default_rng((self.seed, MIX, step))
-            batch = mix_up(batch, self.mixup, len(self.data.classes), rng)
+            # Partners may be of other shares: mixed as a whole, so that shares change nothing.
+            batch = _part(mix_up(batch, self.mixup, len(self.data.classes), rng), own)
         return batch
 
     def views_of(self, epoch: int) -> list[int]:
@@ -116,6 +130,20 @@ class Batches:
             choices = self.augment.draw(rng, len(self.data.train), height, width)
             self._choices[view] = torch.from_numpy(choices)
         return self._choices[view]
+
+
+def _part(batch: Batch, own: slice) -> Batch:
+    """The samples ``own``, in all views."""
+
+    def narrowed(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        return value.unflatten(0, (len(batch.views), -1))[:, own].flatten(0, 1)
+
+    images, labels, rows, turns = map(
+        narrowed, (batch.images, batch.labels, batch.rows, batch.turns)
+    )
+    return Batch(images, labels, rows, batch.views, turns)
 
 
 def normaliser(data: Dataset, device: torch.device) -> Callable[[Tensor], Tensor]:
