@@ -165,6 +165,15 @@ def test_missing_taps_name_the_nearest_modules():
         Tapped(Network(), ["frist"], what="student")
 
 
+def test_taps_go_with_the_object_that_set_them():
+    network = Network()
+    tapped = Tapped(network, ["first", "second:input"])
+    assert any(module._forward_pre_hooks for module in network.modules())
+    del tapped
+    for module in network.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks
+
+
 @pytest.mark.parametrize("tokens", ["class", "batch"])
 def test_skd_run_reports_its_target_and_exports_the_student_alone(tmp_path, tokens):
     """The mechanism: a softer target than the teacher, still the teacher's, nearer the student."""

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Output
+
+# Tapped tensors by path, each with its version when it was tapped.
+Kept = dict[str, tuple[Tensor, int]]
 
 
 class Tapped(nn.Module):
@@ -25,8 +30,8 @@ class Tapped(nn.Module):
     def __init__(self, network: nn.Module, paths: Sequence[str] = (), *, what: str = "model"):
         super().__init__()
         self.network, self.paths = network, tuple(paths)
-        self._tapped: dict[str, tuple[Tensor, int]] = {}
-        modules = dict(network.named_modules())
+        self._tapped: Kept = {}
+        modules, hooks = dict(network.named_modules()), []
         for path in self.paths:
             name, colon, side = path.partition(":")
             if colon and side != "input":
@@ -35,27 +40,16 @@ class Tapped(nn.Module):
                 near = difflib.get_close_matches(name, [name for name in modules if name], 3, 0.0)
                 raise InputError(f"{what}: no module {name!r}; the nearest are {', '.join(near)}")
             if colon:
-                modules[name].register_forward_pre_hook(self._keeper(path))
+                hook = modules[name].register_forward_pre_hook(_keeper(path, self._tapped))
             else:
-                modules[name].register_forward_hook(self._keeper(path))
+                hook = modules[name].register_forward_hook(_keeper(path, self._tapped))
+            hooks.append(hook)
         if self.paths:
             for module in modules.values():
                 if getattr(module, "inplace", False):
-                    module.register_forward_pre_hook(self._spare)
-
-    def _keeper(self, path: str):
-        def keep(module, arguments, *results):
-            (kept,) = results or arguments[:1]
-            if not isinstance(kept, Tensor):
-                raise InputError(f"module {path!r}: expected a tensor, got {type(kept)}")
-            self._tapped[path] = kept, kept._version
-
-        return keep
-
-    def _spare(self, module, arguments):
-        if any(x is kept for x in arguments for kept, _ in self._tapped.values()):
-            return tuple(x.clone() for x in arguments)
-        return None
+                    hooks.append(module.register_forward_pre_hook(_sparer(self._tapped)))
+        # The network may be tapped again: the hooks go with this object, which they do not hold.
+        weakref.finalize(self, _remove, hooks)
 
     def forward(self, images: Tensor) -> Output:
         self._tapped.clear()
@@ -71,3 +65,27 @@ class Tapped(nn.Module):
         features = {path: self._tapped[path][0] for path in self.paths}
         self._tapped.clear()
         return Output(logits, features)
+
+
+def _keeper(path: str, tapped: Kept):
+    def keep(module, arguments, *results):
+        (kept,) = results or arguments[:1]
+        if not isinstance(kept, Tensor):
+            raise InputError(f"module {path!r}: expected a tensor, got {type(kept)}")
+        tapped[path] = kept, kept._version
+
+    return keep
+
+
+def _sparer(tapped: Kept):
+    def spare(module, arguments):
+        if any(x is kept for x in arguments for kept, _ in tapped.values()):
+            return tuple(x.clone() for x in arguments)
+        return None
+
+    return spare
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
