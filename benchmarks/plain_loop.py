@@ -90,7 +90,7 @@ def train(
     for step in range(config.max_steps):
         if step == WARM_UP:
             clock.read()
-        clock.mark()
+        clock.step_starts()
         images, labels = (tensor.to(device) for tensor in next(batches))
         with torch.no_grad():
             teacher_logits = teacher(images)
@@ -103,7 +103,7 @@ def train(
         optimizer.step()
         top = logits.topk(5).indices == labels[:, None]
         loss.item(), top[:, :1].sum().item(), top.sum().item()
-        clock.mark()
+        clock.step_ends()
         schedule.step()
     seconds, loss_seconds = clock.read()
     steps = config.max_steps - WARM_UP

@@ -23,7 +23,6 @@ from statistics import mean, median, stdev
 import numpy as np
 import plain_loop
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from kdkernels.bench import Settings
@@ -31,6 +30,7 @@ from kdkernels.bench.rows import environment
 from kdkernels.train import checkpoint
 from kdkernels.train.config import Config
 from kdkernels.train.data import Dataset, Split, load_data
+from kdkernels.train.devices import make_fabric
 from kdkernels.train.experiment import make_method
 from kdkernels.train.loop import fit
 from kdkernels.train.metrics import accuracy, predict
@@ -116,7 +116,7 @@ class Bench:
         self.device = torch.device(arguments.device)
         self.config = Config(
             student=arguments.student, batch_size=arguments.batch_size, epochs=1,
-            max_steps=arguments.steps, cache_views=1, lr=0.05,
+            max_steps=arguments.steps, cache_views=1, accelerator=arguments.device, lr=0.05,
         )  # fmt: skip
         self.data = self.load(arguments.data)
         self.teacher = self.train_teacher(arguments.teacher, arguments.teacher_steps)
@@ -176,7 +176,7 @@ class Bench:
         """The trainer's results."""
         name, options = config.method.split(", ")[0], METHODS.get(config.method, {})
         config = replace(config, method=name)
-        fabric = Fabric(accelerator=self.device.type, devices=1, precision=config.precision)
+        fabric = make_fabric(config)
         method = make_method(name, config.backend, options)
         with tempfile.TemporaryDirectory() as out:
             return fit(fabric, method, student, teachers, data, config, seed=seed, out=Path(out))

@@ -8,8 +8,8 @@ the old. A view is made under another name and moved to its place when it is who
 process leaves is never read.
 
 An output may depend in its last bit on how many images it is computed with (few rows of a matrix
-product are summed in another order), but not on which. Views are computed in batches of training's
-size, and a cache in fp32 gives the very bits that the teacher would.
+product are summed in another order), but not on which. Views are computed so many images at a time
+as training would show the teacher, and a cache in fp32 gives the very bits that it would.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class CachedTeachers:
 
     def __init__(self, teachers: Teachers, batches: Batches, folder: Path, form: Form) -> None:
         self.teachers, self.batches, self.form = teachers, batches, form
+        self.size = images_at_once(batches)
         self.folders = [folder / key(teacher, batches, form) for teacher in teachers]
         self.cost = {"teacher_cache": {"views_made": 0, "seconds": 0.0}}
         self._views: dict[tuple[int, int], dict[str, Tensor]] = {}  # lately used
@@ -154,7 +155,7 @@ class CachedTeachers:
 
     def _make(self, index: int, view: int, folder: Path) -> None:
         start_time = time.perf_counter()
-        count, size = len(self.batches.data.train), self.batches.batch_size
+        count, size = len(self.batches.data.train), self.size
         label = f"teacher cache, view {view}"
         with made_whole(folder) as unfinished, report.progress(label, 0, count) as advance:
             maps: dict[str, np.ndarray] = {}
@@ -176,8 +177,8 @@ class CachedTeachers:
         self._checked.add(folder)
 
     def _compute(self, index: int, view: int, start: int) -> dict[str, Tensor]:
-        """What is kept of a batch of training's size that begins at an image."""
-        rows = torch.arange(start, start + self.batches.batch_size) % len(self.batches.data.train)
+        """What is kept of the images shown at once that begin at one of them."""
+        rows = torch.arange(start, start + self.size) % len(self.batches.data.train)
         return encode(self.teachers[index](self.batches.view(rows, view)), self.form)
 
     def _compare(self, index: int, view: int, folder: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -206,10 +207,15 @@ def key(teacher: Teacher, batches: Batches, form: Form) -> str:
         "augment": str(batches.augment),
         "augment_seed": batches.augment_seed,
         # Only full precision shows it.
-        "batch_size": batches.batch_size if form.dtype == "fp32" else None,
+        "images_at_once": images_at_once(batches) if form.dtype == "fp32" else None,
         "form": form,
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def images_at_once(batches: Batches) -> int:
+    """How many images a teacher is shown in training."""
+    return batches.batch_size // batches.shares * batches.views
 
 
 def network_digest(network: nn.Module) -> str:
