@@ -63,6 +63,7 @@ class Config:
         split_seed: seed by which validation (and, where there is none, test) images are drawn.
         image_size: resize and centre-crop an image folder's images to this many pixels a side.
         checkpoint_every: also checkpoint every so many steps (0: at the end of every epoch only).
+        tensorboard: also write TensorBoard event files, in the folder of each seed.
         cache_dir: where decoded image folders are kept; kdkernels in the user's cache if not given.
         out: folder of the results, new or empty; runs/<data>-<method>-<student> if not given.
         resume: go on with the run in --out.
@@ -100,6 +101,7 @@ class Config:
     split_seed: int = 0
     image_size: int | None = None
     checkpoint_every: int = 0
+    tensorboard: bool = False
     cache_dir: str | None = None
     out: str | None = None
     resume: bool = False
@@ -137,7 +139,7 @@ class Config:
     def resolved(self) -> dict[str, Any]:
         """What decides the results, for the record and for comparison when resuming."""
         record = asdict(self)
-        for name in ("out", "resume", "cache_dir", "teacher_cache"):
+        for name in ("out", "resume", "cache_dir", "teacher_cache", "tensorboard"):
             del record[name]
         return record | {"seed": list(self.seed)}
 

@@ -26,6 +26,7 @@ from kdkernels.train.config import Config, option
 from kdkernels.train.data import Dataset, load_data
 from kdkernels.train.devices import make_fabric
 from kdkernels.train.errors import InputError
+from kdkernels.train.logs import require_tensorboard
 from kdkernels.train.loop import fit
 from kdkernels.train.methods import METHODS, Composite, Method
 from kdkernels.train.metrics import accuracy, predict, summarise
@@ -47,6 +48,8 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     config = replace(config, precision=fabric.strategy.precision.precision)
     record = config.resolved() | resolved_options(config.method, options)
     require_backend(config.backend, fabric.device.type)
+    if config.tensorboard:
+        require_tensorboard()
     data = load_data(
         config.data,
         val_fraction=config.val_fraction,

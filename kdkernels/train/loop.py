@@ -18,12 +18,13 @@ from typing import Any
 from lightning_fabric import Fabric
 from torch import nn
 
-from kdkernels.train import checkpoint, predictions, report, teacher_cache
+from kdkernels.train import predictions, report, teacher_cache
 from kdkernels.train.average import Average
 from kdkernels.train.clock import StepClock
 from kdkernels.train.config import Config
 from kdkernels.train.data import Batches, Dataset
 from kdkernels.train.learner import Learner, dry_run
+from kdkernels.train.logs import Log
 from kdkernels.train.methods import Method, Run
 from kdkernels.train.metrics import accuracy, measure, predict
 from kdkernels.train.optimizer import make_optimizer, set_lr
@@ -88,6 +89,7 @@ def fit(
         answers = teacher_cache.prepare(teachers, method, batches, config, last_step)
     evaluated = average.network if average else model
     teacher_val = predict(teachers[0], data, data.val, device)[0] if teachers else None
+    log = Log(out, state.history, tensorboard=config.tensorboard)
     clock, tally = StepClock(device), Tally(fabric, config.accumulate)
 
     label = f"{config.method} {config.student} seed {seed}"
@@ -138,9 +140,11 @@ def fit(
                     lr=optimizer.param_groups[0]["lr"],
                     batch_size=batches.batch_size,
                 )
-                checkpoint.write_lines(out / "log.jsonl", state.history)
+                log.write(state.history)
             if saves:
                 save(out / "checkpoint.pt", state, checkpointed, device)
+
+    log.close()
 
     # Test images: read only now, when nothing is left to choose.
     last_accuracy = accuracy(*predict(evaluated, data, data.test, device))

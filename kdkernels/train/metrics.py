@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,22 +66,22 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
 def summarise(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Mean and sample standard deviation over runs (None for one) of every number but the seed.
 
-    Nested names are joined by dots, as in ``"test.accuracy"``.
+    Nested names are joined by dots, as in ``"test.accuracy"``; what not all runs have is left out.
     """
-    flat = [dict(_numbers(run)) for run in runs]
-    values = {name: [run[name] for run in flat] for name in flat[0] if name != "seed"}
-    return {
-        name: {
-            "mean": statistics.fmean(numbers),
-            "std": statistics.stdev(numbers) if len(numbers) > 1 else None,
-        }
-        for name, numbers in values.items()
-    }
+    flat = [dict(numbers(run)) for run in runs]
+    names = [name for name in flat[0] if name != "seed" and all(name in run for run in flat)]
+    summary = {}
+    for name in names:
+        values = [run[name] for run in flat]
+        std = statistics.stdev(values) if len(values) > 1 else None
+        summary[name] = {"mean": statistics.fmean(values), "std": std}
+    return summary
 
 
-def _numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a record and in those within it, by names joined by dots."""
     for name, value in record.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from numbers(value, f"{prefix}{name}.")
         elif isinstance(value, int | float):
             yield f"{prefix}{name}", value
