@@ -27,8 +27,8 @@ def mlkd(student, teacher, mask, temperatures, weight, samples, classes, threads
         grad, factor = np.empty(x.shape, x.dtype), np.empty(len(x))
         half = x.dtype == np.float16
         native.mlkd_gradient(
-            grad, soft, relations[side], kl, weight.astype(soft.dtype), temperatures, side == 1,
-            mask, factor if half else None, threads,
+            grad, soft, relations[side], weight.astype(soft.dtype), temperatures, side == 1, mask,
+            factor if half else None, threads,
         )  # fmt: skip
         gradients.append((grad, factor if half else None))
     return soft, kl, loss, relations, gradients

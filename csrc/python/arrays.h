@@ -47,6 +47,12 @@ void split_rows(int64_t rows, int64_t classes, int threads, const F& f) {
   for (auto& thread : pool) thread.join();
 }
 
+// Of tasks that are each worth a thread.
+template <class F>
+void split_tasks(int64_t tasks, int threads, const F& f) {
+  split_rows(tasks, kd::grain, threads, f);
+}
+
 inline kd::Rows rows_or_none(const py::object& o, const char* name) {
   return o.is_none() ? kd::Rows{} : rows_of(o.cast<py::array>(), name);
 }

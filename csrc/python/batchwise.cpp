@@ -12,12 +12,6 @@ const uint8_t* mask_of(const py::object& mask) {
   return mask.is_none() ? nullptr : static_cast<const uint8_t*>(mask.cast<py::array>().data());
 }
 
-// As many tasks as there are rows of `grain` elements.
-template <class F>
-void split(int64_t tasks, int threads, const F& f) {
-  split_rows(tasks, kd::grain, threads, f);
-}
-
 // The loss and its gradient to the temperature; row_factor: None or float64 (2, N).
 std::pair<double, double> dist(const py::array& student, const py::array& teacher,
                                std::vector<double> numbers, std::vector<int64_t> choices,
@@ -46,8 +40,8 @@ std::pair<double, double> dist(const py::array& student, const py::array& teache
   const auto& kernels = kd::kernels();
   double loss = 0, slope = 0;
   if (p.counted > 0) {
-    split(blocks, threads, [&](int64_t a, int64_t b) { kernels.dist_measure(p, a, b); });
-    split(p.classes, threads, [&](int64_t a, int64_t b) { kernels.dist_columns(p, a, b); });
+    split_tasks(blocks, threads, [&](int64_t a, int64_t b) { kernels.dist_measure(p, a, b); });
+    split_tasks(p.classes, threads, [&](int64_t a, int64_t b) { kernels.dist_columns(p, a, b); });
     for (const auto& r : row) loss += r.loss;
     for (int64_t k = 0; k < p.classes; k++) loss += p.column_loss[k];
   }
@@ -105,18 +99,17 @@ std::tuple<double, py::array, py::array> mlkd_relate(const py::array& soft,
   p.grad_student = student.mutable_data(), p.grad_teacher = teacher.mutable_data();
   py::gil_scoped_release release;
   const double loss = kd::Relations(p).run(
-      [threads](int64_t tasks, const auto& f) { split(tasks, threads, f); });
+      [threads](int64_t tasks, const auto& f) { split_tasks(tasks, threads, f); });
   return {loss, student, teacher};
 }
 
 // `grad` is filled; row_factor: None or float64 (N,).
 void mlkd_gradient(py::array grad, const py::array& soft, const py::object& relations,
-                   const py::array& kl, const py::array& row_weight,
-                   std::vector<double> temperatures, bool of_teacher, const py::object& mask,
-                   const py::object& row_factor, int threads) {
+                   const py::array& row_weight, std::vector<double> temperatures, bool of_teacher,
+                   const py::object& mask, const py::object& row_factor, int threads) {
   kd::MlkdParams p = mlkd(grad, temperatures, mask);
   p.in_double = dtype_of(soft, "soft") == kd::DType::float64;
-  p.soft = const_cast<void*>(soft.data()), p.kl = const_cast<void*>(kl.data());
+  p.soft = const_cast<void*>(soft.data());
   if (!relations.is_none()) p.relations = relations.cast<py::array>().data();
   p.row_weight = row_weight.data();
   p.of_teacher = of_teacher;

@@ -44,8 +44,8 @@ double elementwise(const py::array& student, const py::array& teacher, const py:
   double loss = 0;
   {
     py::gil_scoped_release release;
-    split_rows(tasks, kd::grain, threads,
-               [&](int64_t a, int64_t b) { kd::kernels().elementwise(p, a, b); });
+    split_tasks(tasks, threads,
+                [&](int64_t a, int64_t b) { kd::kernels().elementwise(p, a, b); });
     for (const double one : losses) loss += one;
   }
   if (!slope.is_none()) {

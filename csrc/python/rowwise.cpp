@@ -30,8 +30,24 @@ void rowwise(const py::array& student, const py::array& teacher, std::vector<dou
              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
+// What backward does to a saved gradient (N, C), by a factor (1,) or (N,); for the tests.
+void scale_rows(py::array grad, const py::object& factor, int threads) {
+  const kd::Rows rows = rows_of(grad, "grad");
+  const kd::RowScalar factors = scalar_of(factor);
+  const auto* const f = static_cast<const double*>(factors.data);
+  const int64_t classes = grad.shape(1);
+  py::gil_scoped_release release;
+  split_rows(grad.shape(0), classes, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      kd::kernels().scale_row(rows, i, classes, f[i * factors.stride]);
+  });
+}
+
 }  // namespace
 
-void bind_rowwise(py::module_& m) { m.def("rowwise", &rowwise); }
+void bind_rowwise(py::module_& m) {
+  m.def("rowwise", &rowwise);
+  m.def("scale_rows", &scale_rows);
+}
 
 }  // namespace kd::python

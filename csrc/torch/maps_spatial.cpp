@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // kdkernels::spatial_attention and kdkernels::pyramid on CPU tensors. The schemas are defined in
 // kdkernels/ops/maps.
-#include <algorithm>
+#include "../kd/cpu/maps/axis.h"
+
 #include <memory>
 
 #include "tensors.h"
@@ -60,31 +61,13 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention(Tensor student, Tensor teac
   return {stored(&loss, {}, accumulated_in(student, teacher), factor), grad_student, grad_teacher};
 }
 
-// An axis of n elements under levels of adaptive bins, and what it points to.
-struct Axis {
-  std::vector<int64_t> edge, first, last;
-  Axis(int64_t n, const std::vector<int64_t>& levels, kd::PyramidAxis& axis) : edge{0, n} {
-    for (int64_t bins : levels)
-      for (int64_t i = 0; i < bins; i++) {
-        first.push_back(i * n / bins), last.push_back(((i + 1) * n + bins - 1) / bins);
-      }
-    for (const auto* ends : {&first, &last}) edge.insert(edge.end(), ends->begin(), ends->end());
-    std::sort(edge.begin(), edge.end());
-    edge.erase(std::unique(edge.begin(), edge.end()), edge.end());
-    for (auto* ends : {&first, &last})
-      for (int64_t& x : *ends) x = std::lower_bound(edge.begin(), edge.end(), x) - edge.begin();
-    axis.size = n, axis.segments = edge.size() - 1;
-    axis.edge = edge.data(), axis.first = first.data(), axis.last = last.data();
-  }
-};
-
 std::tuple<Tensor, Tensor, Tensor> pyramid(Tensor student, Tensor teacher, double factor,
                                            std::vector<double> weights, std::vector<int64_t> levels,
                                            int64_t grads) {
   STD_TORCH_CHECK(weights.size() == levels.size() + 1, "kdkernels: a weight per level, and one");
   kd::PyramidParams p;
   p.samples = student.size(0), p.channels = student.size(1);
-  const Axis y(student.size(2), levels, p.y), x(student.size(3), levels, p.x);
+  const kd::Axis y(student.size(2), levels, p.y), x(student.size(3), levels, p.x);
   const kd::Maps s = maps_of(student), t = maps_of(teacher);
   STD_TORCH_CHECK(s.channels_last == t.channels_last, "kdkernels: maps must lie alike");
   p.channels_last = s.channels_last, p.student = s.rows, p.teacher = t.rows;
