@@ -3,6 +3,10 @@
 // distances are made of them. A batch of 64 and 256 numbers each is 0.5 M multiplications a side, for
 // which a library's call costs as much again. A row's entries are sums in one order wherever it is:
 // coincident rows have exactly equal entries.
+//
+// Neither of the other small products (csrc/kd/cpu/attention/product.h, batchwise/product.h) serves:
+// here both factors are one matrix, packed once for all tasks, of any dtype and strides, and centred
+// on the way; half of the tiles are computed, and stored twice.
 // Included inside an ISA level's namespace.
 
 constexpr int lanes = Lanes<vd>::count;
