@@ -32,6 +32,17 @@ COMPOSITE = {
     "rest is small",
 }
 
+# Likewise on a GPU: torch's matrix products, and its operators on their results, which are small.
+COMPOSITE_ON_GPU = {
+    "relation.gram_match": "composite by design: torch's products read 4 B C H W bytes a side, "
+    "what is between them 4 B C^2 (SP: 4 B^2)",
+    "relation.nst_grams": "composite by design: torch's products read 4 B C H W bytes a side, "
+    "what is between them 12 B C^2",
+    "relation.polynomial": "composite by design: torch's product reads 4 B D bytes a side, what "
+    "comes after it 4 B^2",
+    "relation.neighbours": "composite by design: 8 B D bytes of embeddings",
+}
+
 _preference = os.environ.get("KDKERNELS_BACKEND", "auto")
 _choices: dict[tuple[str, str, str], str] = {}
 _warned: set[tuple[str, str]] = set()
@@ -73,6 +84,8 @@ def verdict(family: str, backend: str, device_type: str) -> Verdict:
         return Verdict(True, "plain torch, any device")
     if family in COMPOSITE:
         return Verdict(False, COMPOSITE[family])
+    if backend == "triton" and family in COMPOSITE_ON_GPU:
+        return Verdict(False, COMPOSITE_ON_GPU[family])
     if backend == "triton":
         return Verdict(*ops.triton_verdict(family, device_type))
     ok, reason = ops.compiled_verdict(family, backend)
@@ -96,7 +109,8 @@ def _choose(family: str, device_type: str, backend: str, name: str) -> str:
         if ok:
             return candidate
         reasons.append(f"{candidate}: {reason}")
-    if family not in COMPOSITE and reasons and (family, device_type) not in _warned:
+    composite = family in COMPOSITE or (device_type == "cuda" and family in COMPOSITE_ON_GPU)
+    if not composite and reasons and (family, device_type) not in _warned:
         _warned.add((family, device_type))
         warnings.warn(
             f"kdkernels: no fused {family} kernel for {device_type} tensors "

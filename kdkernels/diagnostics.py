@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ def info() -> dict[str, Any]:
     native = importlib.util.find_spec("kdkernels._native") and importlib.import_module(
         "kdkernels._native"
     )
-    families = sorted({loss.family for loss in testing.LOSSES.values()})
+    families = {}
+    for loss in testing.LOSSES.values():
+        families.setdefault(loss.family, []).append(loss.name)
+    families = dict(sorted(families.items()))
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
         "kdkernels": kdkernels.__version__,
@@ -73,6 +77,7 @@ def info() -> dict[str, Any]:
             for i in range(torch.cuda.device_count())
         ],
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "losses": families,
         "backends": {
             family: {
                 device: {
@@ -105,6 +110,8 @@ def format_info(data: dict[str, Any]) -> str:
     for family, by_device in data["backends"].items():
         for device, verdicts in by_device.items():
             lines.append(f"{family} on {device}: auto is {verdicts['auto']}")
+            losses = ", ".join(data["losses"][family])
+            lines += textwrap.wrap(losses, 96, initial_indent="  of ", subsequent_indent="     ")
             for backend, verdict in verdicts.items():
                 if backend != "auto":
                     mark = "yes" if verdict["ok"] else "no "

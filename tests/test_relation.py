@@ -19,6 +19,8 @@ from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves
 ENTRIES = [x for x in LOSSES.values() if x.family.startswith("relation.")]
 BACKENDS = LOSSES["rkd_loss"].backends()
 on_every = pytest.mark.parametrize("backend", BACKENDS)
+# Where the family has no Triton kernel.
+on_all_but_triton = pytest.mark.parametrize("backend", LOSSES["nst_loss"].backends())
 INTERPRETED = ops.triton_interpreted()
 # Of test_features and of this file, what runs in half a minute by Triton's interpreter.
 PROPERTIES = (
@@ -64,19 +66,23 @@ def assert_as_reference(function, tensors, backend, dtype=None, **options):
         assert_close_to_oracle(found[name], yardstick[name], wanted[name], name)
 
 
-@on_every
 @pytest.mark.parametrize("rows", [3, 16, 33, 70])
 @pytest.mark.parametrize(
-    "function", [kd.rkd_loss, kd.pkt_loss, kd.cc_loss, kd.sp_loss, kd.sskd_similarity]
+    ("name", "backend"),
+    [
+        (name, backend)
+        for name in ("rkd_loss", "pkt_loss", "cc_loss", "sp_loss", "sskd_similarity")
+        for backend in LOSSES[name].backends()
+    ],
 )
-def test_relation_sizes(function, rows, backend):
+def test_relation_sizes(name, rows, backend):
     """Batches about the size of a tile, and sides of different widths, wider than a tile."""
-    if function is kd.sskd_similarity:
+    if name == "sskd_similarity":
         rows *= 4
     if backend == "triton" and rows > 33:
         pytest.skip("long in the interpreter")
     student, teacher = embeddings(rows, 70, 33, torch.float32)
-    assert_as_reference(function, (student, teacher), backend)
+    assert_as_reference(getattr(kd, name), (student, teacher), backend)
 
 
 @on_every
@@ -122,7 +128,7 @@ def test_relation_squared_distances_and_sums(reduction, backend):
     torch.testing.assert_close(total, 49 * mean)
 
 
-@on_every
+@on_all_but_triton
 def test_relation_compat(backend):
     for compat in ("paper", "torchdistill"):
         assert_as_reference(kd.cc_loss, embeddings(), backend, compat=compat, order=4, gamma=0.1)
@@ -137,7 +143,7 @@ def test_relation_compat(backend):
         assert_as_reference(fsp, maps, backend)
 
 
-@on_every
+@on_all_but_triton
 @pytest.mark.parametrize("channels", [(3, 5), (40, 6), (6, 40)])
 def test_relation_nst_sizes(channels, backend):
     """Either Gram matrix, maps of different channels and heights."""

@@ -8,7 +8,6 @@ take Gram matrices to the loss, and to the matrices that give its gradients as p
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,20 +41,15 @@ class GramChoices(NamedTuple):
 
 features.define("rkd", "student", "teacher")
 features.define("pkt", "student", "teacher")
-features.define("polynomial", "student", "teacher")
-features.define("neighbours", "student", "teacher")
+features.define("polynomial", "student", "teacher", triton=False)
+features.define("neighbours", "student", "teacher", triton=False)
 # Of Gram matrices (n, R, C); with `symmetric`, gradients G come as G + G'.
-features.define("gram_match", "student", "teacher")
+features.define("gram_match", "student", "teacher", triton=False)
 # Of S S' (n, C, C), S T' (n, C, D) and T T' (n, D, D): numbers are 1 / C and 1 / D. Gradients to
 # the symmetric ones come as G + G'; that to T T' leaves out the teacher's own term.
-features.define("nst_grams", "student", "cross", "teacher")
+features.define("nst_grams", "student", "cross", "teacher", triton=False)
 
-
-def _operator(name: str, backend: str):
-    if backend == "triton":
-        features.register_triton("relation")
-        name += "_triton"
-    return getattr(torch.ops.kdkernels, name).default
+_ops = torch.ops.kdkernels
 
 
 def _sum(like: Tensor, *products: tuple[Tensor, Tensor]) -> Tensor:
@@ -77,14 +71,14 @@ def _finished(tensors, loss: Tensor, gradients) -> tuple[Tensor, ...]:
     )
 
 
-def _matched(backend: str, *given) -> tuple[Tensor, ...]:
+def _matched(*given) -> tuple[Tensor, ...]:
     """From ``x_s, x_t``, or ``x_s, y_s, x_t, y_t``, whose products ``x y'`` are the matrices."""
     *tensors, factor, scales, choices, grads = given
     dtype = compute_dtype(*tensors)
     half = len(tensors) // 2
     sides = [[x.to(dtype) for x in side] for side in (tensors[:half], tensors[half:])]
     needed = sum(1 << i for i in (0, 1) if grads >> i * half & (1 << half) - 1)
-    loss, *slopes = _operator("gram_match", backend)(
+    loss, *slopes = _ops.gram_match.default(
         *(side[0] @ side[-1].mT for side in sides), factor, scales, choices, needed
     )
     gradients = []
@@ -96,11 +90,11 @@ def _matched(backend: str, *given) -> tuple[Tensor, ...]:
     return _finished(tensors, loss, gradients)
 
 
-def _nst_by_channels(backend: str, student, teacher, factor, numbers, choices, grads):
+def _nst_by_channels(student, teacher, factor, numbers, choices, grads):
     tensors = student, teacher
     s, t = (x.to(compute_dtype(*tensors)) for x in tensors)
     needed = 3 * (grads & 1) | 3 * (grads & 2)  # the cross is for both
-    loss, of_student, cross, of_teacher = _operator("nst_grams", backend)(
+    loss, of_student, cross, of_teacher = _ops.nst_grams.default(
         s @ s.mT, s @ t.mT, t @ t.mT, factor, numbers, (), needed
     )
     gradients = (
@@ -110,13 +104,13 @@ def _nst_by_channels(backend: str, student, teacher, factor, numbers, choices, g
     return _finished(tensors, loss, gradients)
 
 
-def _nst_by_positions(backend: str, student, teacher, factor, numbers, choices, grads):
+def _nst_by_positions(student, teacher, factor, numbers, choices, grads):
     tensors = student, teacher
     wide = [x.to(compute_dtype(*tensors)) for x in tensors]
     lengths = [torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in wide]
     units = [x / length.clamp(min=EPS) for x, length in zip(wide, lengths, strict=True)]
     grams = [x.mT @ x for x in units]
-    loss, slope, _ = _operator("gram_match", backend)(
+    loss, slope, _ = _ops.gram_match.default(
         *grams, factor, numbers, GramChoices(symmetric=True), grads & 1
     )
     # The teacher's own term is a constant.
@@ -145,18 +139,15 @@ def embeddings(
 
 
 def matched(
-    function: str, backend: str, tensors, factor: float, scales, choices: GramChoices
+    function: str, tensors, factor: float, scales, choices: GramChoices
 ) -> Tensor:  # fmt: skip
     """As ``kdkernels.reference.relation.matched``, of ``x_s, x_t`` or ``x_s, y_s, x_t, y_t``."""
-    run = partial(_matched, backend)
-    return features.differentiable(function, run, tensors, factor, scales, choices)
+    return features.differentiable(function, _matched, tensors, factor, scales, choices)
 
 
-def nst(function: str, backend: str, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
+def nst(function: str, student: Tensor, teacher: Tensor, factor: float) -> Tensor:
     """As ``kdkernels.reference.relation.nst``: by the smaller Gram matrices."""
     channels = student.shape[1], teacher.shape[1]
     run = _nst_by_channels if max(channels) <= student.shape[2] else _nst_by_positions
     numbers = [1 / n for n in channels]
-    return features.differentiable(
-        function, partial(run, backend), (student, teacher), factor, numbers, ()
-    )
+    return features.differentiable(function, run, (student, teacher), factor, numbers, ())

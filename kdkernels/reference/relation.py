@@ -110,9 +110,12 @@ def matched(of_student: tuple[Tensor, Tensor], of_teacher, scales, choices: Gram
 def nst(student: Tensor, teacher: Tensor) -> Tensor:
     """Of channels (B, C, HW): the sum over samples of the polynomial kernel's MMD^2."""
     s, t = (F.normalize(x, dim=2) for x in _wide(student, teacher))
+    by_positions = max(s.shape[1], t.shape[1]) > s.shape[2]
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.mT).square().sum() / (a.shape[1] * b.shape[1])
+        # |A B'|^2 = <A'A, B'B>: by the smaller Gram matrices.
+        square = (a.mT @ a) * (b.mT @ b) if by_positions else (a @ b.mT).square()
+        return square.sum() / (a.shape[1] * b.shape[1])
 
     return kernel(t, t).detach() + kernel(s, s) - 2 * kernel(s, t)
 

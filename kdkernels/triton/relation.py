@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The relation family's operators on a GPU: products are torch's, kernels are between them.
+"""``rkd_triton`` and ``pkt_triton``: Gram matrices by torch's products, and kernels on them.
 
-What is left for torch besides is small: Gram matrices in, matrices of their gradients out.
+Angles over triples, and PKT's rows, are where fusion pays: nothing of size B^3 is stored. Distances
+are torch's operators on B^2 numbers. The family's other losses have no kernel on a GPU; see
+``COMPOSITE_ON_GPU`` in ``kdkernels/backends.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from kdkernels import ops
 from kdkernels.ops.features import compute_dtype, gradient_dtype
-from kdkernels.ops.relation import CLAMP, EPS, NEAR, GramChoices, RKDChoices, RKDNumbers
+from kdkernels.ops.relation import CLAMP, NEAR, RKDChoices, RKDNumbers
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
 from kdkernels.triton.relation_kernels import (
     pkt_edges_kernel,
@@ -142,111 +144,6 @@ def _pkt(student: Tensor, teacher: Tensor, factor, numbers, choices, grads):
     return _finished(tensors, wide, factor, grads, of_rows["loss"].sum(), edges)
 
 
-def _polynomial(student: Tensor, teacher: Tensor, factor, numbers, choices, grads):
-    tensors = student, teacher
-    wide = [x.to(compute_dtype(*tensors)) for x in tensors]
-    grams = [x @ x.mT for x in wide]
-
-    def evaluated(gram: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = torch.zeros_like(gram), torch.zeros_like(gram)
-        for coefficient in reversed(numbers):
-            slope = slope * gram + value
-            value = value * gram + coefficient
-        return value, slope
-
-    of_both = [evaluated(gram) for gram in grams]
-    difference = of_both[0][0] - of_both[1][0]
-    loss, rate = difference.square().sum(), 4.0
-    if choices[0]:
-        loss = loss.sqrt()
-        rate = torch.where(loss > 0, 2 / loss, 0.0)
-
-    def edges(side: int) -> Tensor:
-        return (1, -1)[side] * rate * difference * of_both[side][1]
-
-    return _finished(tensors, wide, factor, grads, loss, edges)
-
-
-def _neighbours(student: Tensor, teacher: Tensor, factor, numbers, choices, grads):
-    tensors = student, teacher
-    dtype = compute_dtype(*tensors)
-    difference = student.to(dtype) - teacher.to(dtype)
-    size = difference.abs()
-    loss = (size[:-1] * size[1:]).sum()
-    slope = torch.zeros_like(size)
-    slope[:-1] += size[1:]
-    slope[1:] += size[:-1]
-    slope = slope * difference.sign()
-    found = []
-    for side, x in enumerate(tensors):
-        gradient = slope * ((1, -1)[side] * factor)
-        found.append(gradient.to(gradient_dtype(x)) if grads >> side & 1 else x.new_empty(0))
-    return loss * factor, *found
-
-
-def _gram_match(student: Tensor, teacher: Tensor, factor, numbers, choices, grads):
-    choices = GramChoices(choices[0], *map(bool, choices[1:])) if choices else GramChoices()
-    sides, weights = [], []
-    for gram, by in zip((student, teacher), list(numbers) or (1.0, 1.0), strict=True):
-        weight = by
-        if choices.norm:
-            norm = torch.linalg.vector_norm(gram, ord=choices.norm, dim=2, keepdim=True)
-            weight = by / norm.clamp(min=EPS)
-            weights.append((weight, norm > EPS))
-        else:
-            weights.append((weight, None))
-        sides.append(gram * weight)
-    difference = sides[0] - sides[1]
-    if choices.distance:
-        norm = torch.linalg.vector_norm(difference, dim=2, keepdim=True)
-        loss, slope = norm.sum(), difference / torch.where(norm > 0, norm, 1.0)
-    else:
-        loss, slope = difference.square().sum(), 2 * difference
-    found = []
-    for side, (gram, (weight, moves)) in enumerate(zip((student, teacher), weights, strict=True)):
-        if not grads >> side & 1:
-            found.append(gram.new_empty(0))
-            continue
-        g = slope
-        if choices.norm:
-            along = (slope * sides[side]).sum(2, keepdim=True) * moves
-            g = g - along * (gram.sign() if choices.norm == 1 else sides[side])
-        g = g * ((1, -1)[side] * factor * weight)
-        found.append(g + g.mT if choices.symmetric else g)
-    return loss * factor, *(x.contiguous() for x in found)
-
-
-def _nst_grams(student: Tensor, cross: Tensor, teacher: Tensor, factor, numbers, choices, grads):
-    by_s, by_t = numbers
-    norms = [x.diagonal(dim1=1, dim2=2).sqrt() for x in (student, teacher)]
-    m_s, m_t = (1 / norm.clamp(min=EPS) for norm in norms)
-    pairs = [a.unsqueeze(2) * b.unsqueeze(1) for a, b in ((m_s, m_s), (m_s, m_t), (m_t, m_t))]
-    own, between, others = (
-        gram * pair for gram, pair in zip((student, cross, teacher), pairs, strict=True)
-    )
-    loss = by_s**2 * own.square().sum() + by_t**2 * others.square().sum()
-    loss = loss - 2 * by_s * by_t * between.square().sum()
-    found = [x.new_empty(0) for x in (student, cross, teacher)]
-    if grads & 1:
-        taken = by_s**2 * own.square().sum(2) - by_s * by_t * between.square().sum(2)
-        taken = torch.where(norms[0] > EPS, taken * m_s * m_s, 0.0)
-        found[0] = 4 * factor * (by_s**2 * own * pairs[0] - torch.diag_embed(taken))
-    if grads & 2:
-        found[1] = -4 * factor * by_s * by_t * between * pairs[1]
-    if grads & 4:
-        taken = by_s * by_t * between.square().sum(1)
-        taken = torch.where(norms[1] > EPS, taken * m_t * m_t, 0.0)
-        found[2] = torch.diag_embed(4 * factor * taken)
-    return loss * factor, *found
-
-
-for _name, _function in (
-    ("rkd", _rkd),
-    ("pkt", _pkt),
-    ("polynomial", _polynomial),
-    ("neighbours", _neighbours),
-    ("gram_match", _gram_match),
-    ("nst_grams", _nst_grams),
-):
+for _name, _function in (("rkd", _rkd), ("pkt", _pkt)):
     for _key in ("CUDA", "CPU") if ops.triton_interpreted() else ("CUDA",):
         torch.library.impl(f"kdkernels::{_name}_triton", _key, _function)

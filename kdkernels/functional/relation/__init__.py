@@ -12,7 +12,8 @@ Arguments that the functions here share:
         and the gradient that DDP's averaging turns into that of one process on the whole batch.
         Ranks may have different numbers of samples. Not under ``torch.compile(fullgraph=True)``.
     backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; anything but
-        ``"auto"`` raises where it cannot run.
+        ``"auto"`` raises where it cannot run. On a GPU only the RKD losses and ``pkt_loss`` have
+        Triton kernels; the others are torch's operators there, as ``kdkernels info`` says.
 
 They return the loss, fp32 (fp64 if either side is), 0-d, and differentiate to student and teacher
 in each one's dtype, where these require a gradient. A second derivative, or a ``torch.func``

@@ -25,7 +25,7 @@ def _matched(name, backend, tensors, factor, choices, scales=(1.0, 1.0)) -> Tens
     """``factor ||G_s - G_t||^2`` of the products ``x x'``, or of ``x y'``, of either side."""
     with torch.autocast(tensors[0].device.type, enabled=False):
         if backend != "reference":
-            return ops.relation.matched(name, backend, tensors, factor, scales, choices)
+            return ops.relation.matched(name, tensors, factor, scales, choices)
         if len(tensors) == 2:
             tensors = [x for x in tensors for _ in range(2)]
         return reference.relation.matched(tensors[:2], tensors[2:], scales, choices) * factor
@@ -137,7 +137,7 @@ def nst_loss(
             if chosen == "reference":
                 loss = loss + reference.relation.nst(s, t) * factor
             else:
-                loss = loss + ops.relation.nst(name, chosen, s, t, factor)
+                loss = loss + ops.relation.nst(name, s, t, factor)
     return loss
 
 
