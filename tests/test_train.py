@@ -232,7 +232,7 @@ def test_unknown_config_keys_are_refused(tmp_path, capsys):
         ("--method kd", "--method kd: expected --teacher or --teacher-checkpoint"),
         (
             "--method none",
-            "--method: expected one of at, ce, crd, dkd, fitnet, kd, skd, or several joined",
+            "--method: expected one of at, ce, crd, dkd, education,",
         ),
         ("--method ce --epochs 0", "--epochs: expected a number above 0, got 0"),
         ("--method ce --seed 1 1", "--seed: expected different numbers"),
@@ -276,7 +276,7 @@ def test_a_teacher_that_does_not_fit_is_named(finished, tmp_path):
 
 
 def test_registry_names_are_the_methods(step):
-    assert sorted(METHODS) == ["at", "ce", "crd", "dkd", "fitnet", "kd", "skd"]
+    assert sorted(METHODS) == ["at", "ce", "crd", "dkd", "education", "fitnet", "kd", "skd"]
 
 
 def test_a_backend_that_cannot_run_is_refused_before_training(tmp_path):

@@ -15,7 +15,7 @@ from kdkernels import functional as KF
 from kdkernels.train import Config, InputError, checkpoint, loop, run
 from kdkernels.train.data import Batch
 from kdkernels.train.experiment import make_method
-from kdkernels.train.methods import Output
+from kdkernels.train.methods import Output, Run
 from kdkernels.train.taps import Tapped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,14 +33,15 @@ def ready(name, step, **options):
     """A method that has seen the shapes of ``step``, in fp64."""
     torch.manual_seed(0)
     method = make_method(name, "reference", options)
+    method.begin(Run(data=None, steps=100, steps_per_epoch=10))
     method.setup(step[1], step[2])
     return method.double()
 
 
-def total(method, step):
+def total(method, step, number=0):
     batch, student, teachers = step
     terms = method.losses(batch, student, method.teach(batch, teachers))
-    weights = method.weights(0)
+    weights = method.weights(number)
     return sum(weights.get(name, 1.0) * term for name, term in terms.items())
 
 
@@ -51,16 +52,8 @@ def test_dkd_is_its_formula_and_warms_up(step):
     dkd = KF.dkd_loss(
         student.logits, teacher.logits, batch.labels, temperature=4.0, backend="reference"
     )
-    for epoch, share in ((0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)):
-        method.on_boundary(epoch)
-        torch.testing.assert_close(total(method, step), ce + share * dkd)
-
-
-def test_dkd_knows_its_epoch_when_resumed(step):
-    method, again = ready("dkd", step), ready("dkd", step)
-    method.on_boundary(7)
-    again.load_state_dict(method.state_dict())
-    assert again.weights(0) == method.weights(0) != ready("dkd", step).weights(0)
+    for number, share in ((0, 0.25), (9, 0.25), (10, 0.5), (30, 1.0), (99, 1.0)):
+        torch.testing.assert_close(total(method, step, number), ce + share * dkd)
 
 
 @pytest.mark.parametrize("tokens", ["class", "batch"])
@@ -112,7 +105,7 @@ def test_skd_simplifies_for_every_method_it_is_composed_with(step):
         (
             "kd+none",
             {},
-            "--method: expected one of at, ce, crd, dkd, fitnet, kd, skd, or several.* 'none'",
+            "--method: expected one of at, .*, or several joined by .*, got 'none'",
         ),
         ("kd+kd", {}, "expected each method once"),
         ("ce+dkd", {"tokens": "class"}, "--tokens: not an option of --method ce.dkd"),

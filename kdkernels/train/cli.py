@@ -7,7 +7,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -69,8 +69,8 @@ def make_parser() -> ArgumentParser:
         defaults = ", ".join(f"{method}: {parameter.default}" for method, parameter in uses)
         first = uses[0][1]
         settings = {"type": first.type | None}
-        if list[str] in get_args(first.type):
-            settings = {"type": str, "nargs": "+"}
+        if lists := [kind for kind in get_args(first.type) if get_origin(kind) is list]:
+            settings = {"type": get_args(lists[0])[0], "nargs": "+"}
         group.add_argument(option(name), **settings, help=f"{first.help} Default for {defaults}.")
     return parser
 

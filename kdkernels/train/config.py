@@ -15,8 +15,8 @@ class Config:
     """Train a student on images, alone (ce) or with a teacher.
 
     Args:
-        method: at, ce, crd, dkd, fitnet, kd or skd, or several joined by + (skd+dkd); their own
-            options follow by their own names, and go to each method that has them.
+        method: at, ce, crd, dkd, education, fitnet, kd or skd, or several joined by + (skd+dkd);
+            their own options follow by their own names, and go to each method that has them.
         data: "digits", or a folder or a tar of one: cifar-10-batches-py or cifar-100-python, images
             (train|val|test/<class>/*, or <class>/*), or arrays (images.npy and labels.npy, also as
             an .npz).
@@ -25,7 +25,8 @@ class Config:
             of timm's as timm:<name>.
         teacher: model of the teacher, trained first with cross-entropy; a method that needs no
             teacher is measured against it.
-        teacher_checkpoint: a model.safetensors of an earlier run, used instead of training one.
+        teacher_checkpoint: a model.safetensors of an earlier run, used instead of training one;
+            several joined by commas for a method of several teachers.
         teacher_epochs: epochs of the teacher's training; --epochs if not given.
         teacher_seed: seed of the teacher's training.
         epochs: passes over the training images.

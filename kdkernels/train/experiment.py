@@ -9,6 +9,7 @@ and over all seeds ``results.json`` and ``curves.png``.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,9 +29,10 @@ from kdkernels.train.devices import make_fabric
 from kdkernels.train.errors import InputError
 from kdkernels.train.logs import require_tensorboard
 from kdkernels.train.loop import fit
-from kdkernels.train.methods import METHODS, Composite, Method
+from kdkernels.train.methods import METHODS, Composite, Method, Run
 from kdkernels.train.metrics import accuracy, predict, summarise
 from kdkernels.train.models import build_model
+from kdkernels.train.taps import Tapped
 from kdkernels.train.teachers import Teacher
 
 
@@ -42,7 +44,7 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     """
     options = dict(options or {})
     method = make_method(config.method, config.backend, options)
-    if method.teachers(0) and not (config.teacher or config.teacher_checkpoint):
+    if method.needs_teacher and not (config.teacher or config.teacher_checkpoint):
         raise InputError(f"--method {config.method}: expected --teacher or --teacher-checkpoint")
     fabric = make_fabric(config)
     config = replace(config, precision=fabric.strategy.precision.precision)
@@ -57,12 +59,10 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
         image_size=config.image_size,
         cache_dir=Path(config.cache_dir) if config.cache_dir else user_cache(),
     )
-    teacher = None
-    if config.teacher_checkpoint:
-        path = Path(config.teacher_checkpoint)
-        teacher = checkpoint.load_model(path, data.shape, len(data.classes))
-    for name in filter(None, (config.student, config.teacher)):
-        build_model(name, data.shape, len(data.classes))
+    # What each teacher learns: all classes, or those it is a specialist of.
+    parts = [data.only(classes) for classes in method.specialities(len(data.classes))]
+    teachers = given_teachers(config, data.shape, parts)
+    rehearse(method, config, data, parts, [model for _, model in teachers])
 
     results = {"config": record, "environment": kdkernels.info()}
     out = Path(config.out or f"runs/{data.name}-{config.method}-{config.student}")
@@ -71,26 +71,63 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
         f"{out}: {config.precision} on {fabric.device}, losses in float32 or better"
     )
 
+    places = ["teacher"] if len(parts) == 1 else [f"teacher-{n + 1}" for n in range(len(parts))]
     if config.teacher:
-        teacher = trained_teacher(fabric, data, config, out / "teacher")
-    teachers = []
-    if teacher:
-        name, model = teacher
-        teachers = [model]
-        frozen = Teacher(fabric, model)
-        test_accuracy = accuracy(*predict(frozen, data, data.test, fabric.device))
-        results["teacher"] = {"model": name, "test": {"accuracy": test_accuracy}}
+        teachers = [
+            trained_teacher(fabric, part, config, out / place)
+            for part, place in zip(parts, places, strict=True)
+        ]
+    for (name, model), part, place in zip(teachers, parts, places, strict=False):
+        test_accuracy = accuracy(*predict(Teacher(fabric, model), part, part.test, fabric.device))
+        results[place] = {"model": name, "test": {"accuracy": test_accuracy}}
+    models = [model for _, model in teachers]
     runs = []
     for seed in config.seed:
         method = make_method(config.method, config.backend, options)
-        runs.append(train(fabric, method, teachers, data, config, seed, out / f"seed-{seed}"))
+        runs.append(train(fabric, method, models, data, config, seed, out / f"seed-{seed}"))
     results |= {"runs": runs, "summary": summarise(runs)}
     checkpoint.write_json(out / "results.json", results)
     folders = {config.method: [out / f"seed-{seed}" for seed in config.seed]}
     if config.teacher:
-        folders["teacher"] = [out / "teacher"]
+        folders |= {place: [out / place] for place in places}
     report.plot(out / "curves.png", folders)
     return results
+
+
+def given_teachers(
+    config: Config, shape: tuple[int, int, int], parts: Sequence[Dataset]
+) -> list[tuple[str, nn.Module]]:
+    """Names and models of ``config.teacher_checkpoint``, one for each of the ``parts``."""
+    paths = config.teacher_checkpoint.split(",") if config.teacher_checkpoint else []
+    if paths and len(paths) != len(parts):
+        raise InputError(
+            f"--teacher-checkpoint: expected {len(parts)} joined by commas, got {len(paths)}"
+        )
+    return [
+        checkpoint.load_model(Path(path), shape, len(part.classes))
+        for path, part in zip(paths, parts, strict=False)
+    ]
+
+
+def rehearse(
+    method: Method,
+    config: Config,
+    data: Dataset,
+    parts: Sequence[Dataset],
+    teachers: Sequence[nn.Module],
+) -> None:
+    """Refuse now, and not after a teacher's training, models that the method cannot use."""
+    student = build_model(config.student, data.shape, len(data.classes))
+    if config.teacher:
+        teachers = [build_model(config.teacher, data.shape, len(part.classes)) for part in parts]
+    steps_per_epoch = max(len(data.train) // config.batch_size, 1)
+    steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    method.begin(Run(data, steps, steps_per_epoch))
+    trained = method.wrap(student)
+    student_taps, *teacher_taps = method.taps(trained, teachers)
+    Tapped(trained, student_taps, what="student")
+    for teacher, taps in zip(teachers, teacher_taps, strict=True):
+        Tapped(teacher, taps, what="teacher")
 
 
 def require_backend(backend: str, device_type: str) -> None:

@@ -55,7 +55,6 @@ def fit(
     ``checkpoint.pt`` and ``log.jsonl`` into ``out`` and goes on from a checkpoint found there.
     """
     device = fabric.device
-    average = Average(fabric, student, config.ema) if config.ema else None
     batches = Batches(
         data,
         batch_size=config.batch_size,
@@ -69,16 +68,18 @@ def fit(
     )
     last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
     method.begin(Run(data, last_step, batches.per_epoch))
-    student_taps, *teacher_taps = method.taps(student, teachers)
-    network = Tapped(student, student_taps, what="student")
+    trained = method.wrap(student)
+    average = Average(fabric, trained, config.ema) if config.ema else None
+    student_taps, *teacher_taps = method.taps(trained, teachers)
+    network = Tapped(trained, student_taps, what="student")
     teachers = Teachers(fabric, teachers, teacher_taps)
     dry_run(method, network, teachers, data, fabric)
     learner = Learner(fabric, network, method)
     model = fabric.setup_module(learner)
-    optimizer = fabric.setup_optimizers(make_optimizer(student, method, config))
+    optimizer = fabric.setup_optimizers(make_optimizer(trained, method, config))
 
     state = State()
-    checkpointed = {"student": student, "method": method, "optimizer": optimizer}
+    checkpointed = {"student": trained, "method": method, "optimizer": optimizer}
     checkpointed |= {"average": average} if average else {}
     checkpointed["precision"] = fabric.strategy.precision
     if (out / "checkpoint.pt").exists():
@@ -88,7 +89,9 @@ def fit(
     if config.teacher_cache:
         answers = teacher_cache.prepare(teachers, method, batches, config, last_step)
     evaluated = average.network if average else model
-    teacher_val = predict(teachers[0], data, data.val, device)[0] if teachers else None
+    # Of some classes only, a teacher is no measure of the student.
+    judged = teachers and method.specialities(len(data.classes))[0] == range(len(data.classes))
+    teacher_val = predict(teachers[0], data, data.val, device)[0] if judged else None
     log = Log(out, state.history, tensorboard=config.tensorboard)
     clock, tally = StepClock(device), Tally(fabric, config.accumulate)
 
@@ -96,12 +99,12 @@ def fit(
     with report.progress(label, state.step, last_step) as advance:
         while state.step < last_step:
             epoch, position = divmod(state.step, batches.per_epoch)
-            if position == 0:
-                method.on_boundary(epoch)
+            if position == 0 and method.on_boundary(epoch, trained):
+                optimizer.state.clear()
             clock.step_starts()
-            set_lr(optimizer, config.schedule, state.step / last_step)
+            set_lr(optimizer, config.schedule, method.progress(state.step))
             for share in range(config.accumulate):
-                batch = batches(state.step, share)
+                batch = method.data(batches, state.step, share)
                 teacher_out = answers(batch, method.teachers(state.step))
                 losses = partial(learner.losses, batch, teacher_out, state.step, clock)
                 loss, terms = model(batch.images, losses)
@@ -114,7 +117,7 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             if average:
-                average.update(student, state.step)
+                average.update(trained, state.step)
             clock.step_ends()
             state.step += 1
             advance()
@@ -126,17 +129,17 @@ def fit(
             if saves or state.step % READ_EVERY == 0:
                 tally.read_into(state, clock)
             if saves:
-                require_finite(student, state.step)
+                require_finite(trained, state.step)
             if epoch_ends:
                 logits, labels = predict(evaluated, data, data.val, device)
                 validation = measure(logits, labels, teacher_val)
-                if teacher_val is not None:
-                    validation |= method.measure(logits, teacher_val)
+                validation |= method.measure(logits, labels, teacher_val)
+                candidate = average.student if average else trained
                 close_epoch(
                     state,
                     epoch,
                     validation,
-                    average.student if average else student,
+                    method.unwrap(candidate) if method.selectable(epoch) else None,
                     lr=optimizer.param_groups[0]["lr"],
                     batch_size=batches.batch_size,
                 )
@@ -149,7 +152,7 @@ def fit(
     # Test images: read only now, when nothing is left to choose.
     last_accuracy = accuracy(*predict(evaluated, data, data.test, device))
     student.load_state_dict(state.best["weights"])
-    teacher_test = predict(teachers[0], data, data.test, device)[0] if teachers else None
+    teacher_test = predict(teachers[0], data, data.test, device)[0] if judged else None
     logits, labels = predict(model, data, data.test, device)
     test = measure(logits, labels, teacher_test)
     predictions.save(out / "test.npz", data, logits, labels, teacher_test)

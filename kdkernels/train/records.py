@@ -72,12 +72,15 @@ def close_epoch(
     state: State,
     epoch: int,
     validation: dict[str, float],
-    student: nn.Module,
+    student: nn.Module | None,
     *,
     lr: float,
     batch_size: int,
 ) -> None:
-    """Turn the tally into a record of the epoch, and keep the weights if it is the best so far."""
+    """Turn the tally into a record of the epoch, and keep the weights if it is the best so far.
+
+    Without a ``student``, it cannot be the best.
+    """
     tally, state.tally = state.tally, {}
     steps, seconds = tally.pop("steps"), tally.pop("seconds")
     loss_seconds = tally.pop("loss_seconds")
@@ -93,7 +96,7 @@ def close_epoch(
             "loss_ms": 1000 * loss_seconds / steps,
         }
     )
-    if state.best is None or validation["accuracy"] > state.best["accuracy"]:
+    if student and (state.best is None or validation["accuracy"] > state.best["accuracy"]):
         weights = {
             name: value.detach().cpu().clone() for name, value in student.state_dict().items()
         }

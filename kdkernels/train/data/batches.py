@@ -10,6 +10,7 @@ epoch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (V * B,) int64, or (V * B, K) probabilities if images are mixed
     rows: Tensor | None = None  # (V * B,) int64: positions in the training set
     views: tuple[int, ...] = (0,)  # numbers of the V views
+    classes: tuple[int, int] | None = None  # it is of these, up to but not including the last
     turns: Tensor | None = None  # of each image by 90 degrees, from augment.quarter_turns
 
 
@@ -79,6 +81,8 @@ class Batches:
         self._images = near(data.train.images, self.device)
         self._labels = torch.from_numpy(data.train.labels)
         self._rows = torch.from_numpy(data.train.rows)
+        self._pool = torch.arange(len(data.train))
+        self.classes: tuple[int, int] | None = None
         self._epoch, self._order = -1, torch.empty(0)
         self._choices: dict[int, Tensor] = {}  # of the views lately used
 
@@ -86,7 +90,7 @@ class Batches:
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             rng = np.random.default_rng((self.seed, ORDER, epoch))
-            self._order = torch.from_numpy(rng.permutation(len(self.data.train)))
+            self._order = self._pool[torch.from_numpy(rng.permutation(len(self._pool)))]
             self._epoch = epoch
         rows = self._order[position * self.batch_size : (position + 1) * self.batch_size]
         size = self.batch_size // self.shares
@@ -100,6 +104,7 @@ class Batches:
             labels=self._labels[self._rows[rows]].repeat(self.views).to(self.device),
             rows=rows.repeat(self.views).to(self.device),
             views=tuple(views),
+            classes=self.classes,
         )
         if self.mixup:
             rng = np.random.default_rng((self.seed, MIX, step))
@@ -111,6 +116,25 @@ class Batches:
         """Numbers of the views that an epoch shows."""
         views = range(epoch * self.views, (epoch + 1) * self.views)
         return [view % self.distinct_views if self.distinct_views else view for view in views]
+
+    def only(self, classes: range) -> Batches:
+        """Batches of the images of some classes in a row, in epochs of their own.
+
+        Rows, labels and the views of an image stay what they are.
+        """
+        part = copy.copy(self)
+        labels = self._labels[self._rows]
+        own = (labels >= classes.start) & (labels < classes.stop)
+        part._pool, part.classes = own.nonzero().flatten(), (classes.start, classes.stop)
+        if len(part._pool) < self.shares:
+            raise InputError(
+                f"--data {self.data.name}: {len(part._pool)} training images of classes "
+                f"{classes.start} to {classes.stop - 1}, fewer than micro-batches x processes"
+            )
+        part.batch_size = min(self.batch_size, len(part._pool) // self.shares * self.shares)
+        part.per_epoch = len(part._pool) // part.batch_size
+        part._epoch, part._choices = -1, {}
+        return part
 
     def view(self, rows: Tensor, view: int) -> Tensor:
         """Network input for images of the training set, in the view of that number."""
@@ -143,7 +167,7 @@ def _part(batch: Batch, own: slice) -> Batch:
     images, labels, rows, turns = map(
         narrowed, (batch.images, batch.labels, batch.rows, batch.turns)
     )
-    return Batch(images, labels, rows, batch.views, turns)
+    return batch._replace(images=images, labels=labels, rows=rows, turns=turns)
 
 
 def normaliser(data: Dataset, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -73,6 +73,33 @@ class Dataset:
                 raise InputError(f"--data {name}: the {part} set is empty: too few images")
         mean, std = _pixel_statistics(train)
         return cls(name, classes, digest, train, val, test, mean, std, augment)
+
+    def only(self, classes: range) -> Dataset:
+        """The images of some classes in a row, numbered from 0; seen as part of the whole set.
+
+        Pixels are normalised by the whole set's statistics.
+        """
+        if len(classes) == len(self.classes):
+            return self
+
+        names = self.classes[classes.start : classes.stop]
+
+        def part(split: Split) -> Split:
+            labels = split.labels[split.rows]
+            rows = split.rows[(labels >= classes.start) & (labels < classes.stop)]
+            if not len(rows):
+                raise InputError(
+                    f"--data {self.name}: no images of {', '.join(names)} to train, validate or "
+                    f"test on: too few images"
+                )
+            return Split(split.images, split.labels - classes.start, rows)
+
+        return replace(
+            self,
+            classes=names,
+            digest=f"{self.digest}-{classes.start}-{classes.stop}",
+            **{name: part(getattr(self, name)) for name in ("train", "val", "test")},
+        )
 
 
 def split_off(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:

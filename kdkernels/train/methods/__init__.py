@@ -7,6 +7,7 @@ from kdkernels.train.methods.ce import CE
 from kdkernels.train.methods.composite import Composite
 from kdkernels.train.methods.crd import CRD
 from kdkernels.train.methods.dkd import DKD
+from kdkernels.train.methods.education import Education
 from kdkernels.train.methods.fitnet import FitNet
 from kdkernels.train.methods.kd import KD
 from kdkernels.train.methods.skd import SKD
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "ce": CE,
     "crd": CRD,
     "dkd": DKD,
+    "education": Education,
     "fitnet": FitNet,
     "kd": KD,
     "skd": SKD,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdkernels.train.data import Batch, Dataset
+from kdkernels.train.data import Batch, Batches, Dataset
 
 
 class Run(NamedTuple):
@@ -43,7 +43,8 @@ class Method(nn.Module):
     and left out of the exported model.
 
     ``ce_weight`` is the weight of the cross-entropy in its loss: 0 where another method that it is
-    composed with has it already.
+    composed with has it already. Without ``needs_teacher``, a teacher is only measured against;
+    what is not ``composable`` goes with no other method.
 
     ``top_k_temperature`` is the one temperature at which it can learn from a teacher's ``TopK``;
     None if it needs all of the logits.
@@ -54,6 +55,8 @@ class Method(nn.Module):
 
     ce_weight: float = 1.0
     top_k_temperature: float | None = None
+    needs_teacher: bool = True
+    composable: bool = True
 
     def __init__(self, backend: str = "auto") -> None:
         super().__init__()
@@ -63,12 +66,34 @@ class Method(nn.Module):
         """Called first: how long the run is and on what data."""
         self.run = run
 
+    def specialities(self, classes: int) -> Sequence[range]:
+        """Of which classes each of the run's teachers is; by default there is one, of all."""
+        return [range(classes)]
+
+    def wrap(self, student: nn.Module) -> nn.Module:
+        """What is trained: ``student`` itself, or a module around it that grows, or has more heads.
+
+        It is in the checkpoint; what is exported is the student.
+        """
+        return student
+
+    def unwrap(self, trained: nn.Module) -> nn.Module:
+        """The student in what :meth:`wrap` made, or in a copy of it."""
+        return trained
+
     def taps(self, student: nn.Module, teachers: Sequence[nn.Module]) -> list[Sequence[str]]:
-        """Paths of the modules whose outputs it needs: the student's, then each teacher's."""
+        """Paths of the modules whose outputs it needs: the student's, then each teacher's.
+
+        ``student`` is what :meth:`wrap` made.
+        """
         return [()] * (1 + len(teachers))
 
     def setup(self, student_out: Output, teacher_out: Sequence[Output]) -> None:
         """Make what depends on shapes (projectors, a simplifier), from a dry run of two images."""
+
+    def data(self, batches: Batches, step: int, share: int = 0) -> Batch:
+        """A share of the batch of a step, a function of these: of some classes only, say."""
+        return batches(step, share)
 
     def teach(self, batch: Batch, teacher_out: Sequence[Output]) -> Sequence[Output]:
         """What the teachers' outputs become, for this method and those it is composed with."""
@@ -85,14 +110,29 @@ class Method(nn.Module):
         return {}
 
     def teachers(self, step: int) -> Sequence[int]:
-        """Which of the run's teachers answer at a step, by position; none by default."""
-        return ()
+        """Which of the run's teachers answer at a step, by position; by default the first."""
+        return (0,) if self.needs_teacher else ()
 
-    def on_boundary(self, epoch: int) -> None:
-        """Called before the first step of every epoch."""
+    def progress(self, step: int) -> float:
+        """How much of its schedule the learning rate has behind it, from 0 to 1."""
+        return step / self.run.steps
 
-    def measure(self, student: Tensor, teacher: Tensor) -> dict[str, float]:
-        """What it reports of validation logits (n, K) every epoch, beside what all runs report."""
+    def on_boundary(self, epoch: int, trained: nn.Module) -> bool:
+        """Called before the first step of every epoch, with what :meth:`wrap` made.
+
+        It may change (grow, be pruned). Returns whether the optimizer forgets its momenta.
+        """
+        return False
+
+    def selectable(self, epoch: int) -> bool:
+        """Whether the student as it is after an epoch may be the one that is exported."""
+        return True
+
+    def measure(self, student: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
+        """What it reports of validation logits (n, K) every epoch, beside what all runs report.
+
+        ``teacher`` are those of the first teacher, if it knows all classes.
+        """
         return {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:

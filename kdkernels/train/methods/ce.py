@@ -15,6 +15,8 @@ from kdkernels.train.methods.base import Method, Output
 class CE(Method):
     """Cross-entropy with the labels; the baseline, and how teachers are trained."""
 
+    needs_teacher = False
+
     def losses(
         self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
     ) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdkernels.train.data import Batch
+from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Method, Output, Run
 
 
@@ -22,13 +23,17 @@ class Composite(Method):
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
         super().__init__()
+        if alone := [name for name, method in methods.items() if not method.composable]:
+            raise InputError(f"--method: {alone[0]} goes with no other method")
         self.methods = nn.ModuleDict(methods)
+        self.needs_teacher = any(method.needs_teacher for method in methods.values())
         for method in list(methods.values())[1:]:
             method.ce_weight = 0.0
         temperatures = {method.top_k_temperature for method in methods.values()}
         self.top_k_temperature = temperatures.pop() if len(temperatures) == 1 else None
 
     def begin(self, run: Run) -> None:
+        super().begin(run)
         for method in self.methods.values():
             method.begin(run)
 
@@ -64,15 +69,14 @@ class Composite(Method):
     def teachers(self, step: int) -> Sequence[int]:
         return max((method.teachers(step) for method in self.methods.values()), key=len)
 
-    def on_boundary(self, epoch: int) -> None:
-        for method in self.methods.values():
-            method.on_boundary(epoch)
+    def on_boundary(self, epoch: int, trained: nn.Module) -> bool:
+        return any([method.on_boundary(epoch, trained) for method in self.methods.values()])
 
-    def measure(self, student: Tensor, teacher: Tensor) -> dict[str, float]:
+    def measure(self, student: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
         return {
             f"{name}.{key}": value
             for name, method in self.methods.items()
-            for key, value in method.measure(student, teacher).items()
+            for key, value in method.measure(student, labels, teacher).items()
         }
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -49,9 +49,6 @@ class FeatureMethod(Method):
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
         return [student_taps, teacher_taps, *[()] * (len(teachers) - 1)]
 
-    def teachers(self, step: int) -> Sequence[int]:
-        return (0,)
-
     def features(
         self, student_out: Output, teacher_out: Sequence[Output]
     ) -> tuple[list[Tensor], list[Tensor]]:

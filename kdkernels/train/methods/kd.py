@@ -33,9 +33,6 @@ class KD(Method):
         self.temperature, self.alpha, self.ce_weight = temperature, alpha, 1 - alpha
         self.top_k_temperature = temperature
 
-    def teachers(self, step: int) -> Sequence[int]:
-        return (0,)
-
     def losses(
         self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
     ) -> dict[str, Tensor]:

@@ -61,9 +61,6 @@ class SKD(Method):
             backend=self.backend,
         )
 
-    def teachers(self, step: int) -> Sequence[int]:
-        return (0,)
-
     def teach(self, batch: Batch, teacher_out: Sequence[Output]) -> Sequence[Output]:
         return [out._replace(logits=self.simplifier(out.logits)) for out in teacher_out]
 
@@ -82,7 +79,7 @@ class SKD(Method):
         return {"skd": loss}
 
     @torch.no_grad()
-    def measure(self, student: Tensor, teacher: Tensor) -> dict[str, float]:
+    def measure(self, student: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
         """Whether the target is simpler than the teacher, and still the teacher's."""
         target = self.simplifier(teacher)
 

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Education distillation: groups as grades, specialists, a student that grows, what it forgets."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from kdkernels import functional as KF
+from kdkernels.train import Config, checkpoint, loop, run
+from kdkernels.train.cli import main
+from kdkernels.train.data import Batch, Batches, load_data
+from kdkernels.train.methods import METHODS, Output, Run
+from kdkernels.train.methods.growing import grow
+from kdkernels.train.models import build_model
+
+SHAPE = (8, 8, 1)
+QUICK = {
+    "method": "education", "student": "convnet8", "accelerator": "cpu", "augment": "none",
+    "precision": "32-true",
+}  # fmt: skip
+GRADES = {"grades": 2, "boundaries": [0.4]}  # of 30 epochs, 12 and 18
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return load_data("digits", val_fraction=0.1, split_seed=0, image_size=None, cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory):
+    """A finished run of two grades, of which others take the teachers."""
+    out = tmp_path_factory.mktemp("school") / "replay"
+    config = Config(**QUICK, teacher="convnet16", teacher_epochs=8, epochs=30, out=str(out))
+    run(config, GRADES)
+    return out
+
+
+def teachers_of(school):
+    return ",".join(str(school / f"teacher-{n}" / "model.safetensors") for n in (1, 2))
+
+
+def begun(digits, steps=60, steps_per_epoch=10, **options):
+    method = METHODS["education"](backend="reference", **options)
+    method.begin(Run(digits, steps, steps_per_epoch))
+    return method
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "seed-0" / "log.jsonl").open()]
+
+
+def test_a_student_grows_and_keeps_what_its_kept_parts_compute():
+    torch.manual_seed(0)
+    network = build_model("resnet14", SHAPE, 10)
+    student = grow(network, SHAPE, [3, 6, 10])
+    assert student.ends == ("stages.0", "stages.1")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    images = torch.randn(2, *SHAPE[::-1])
+    front = network.eval().stages[0](network.stem(images))
+    assert student.eval()(images).shape == (2, 3)
+    for grade, classes in ((1, 6), (2, 10)):
+        student.grade = grade
+        assert student(images).shape == (2, classes)
+        assert torch.equal(network.stages[0](network.stem(images)), front)
+    assert torch.equal(student(images), network(images))
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_a_grade_computes_and_learns_nothing_behind_its_end():
+    student = grow(build_model("resnet14", SHAPE, 10), SHAPE, [3, 6, 10]).train()
+    behind = student.network.stages[1:].state_dict()  # running statistics too
+    before = {name: value.clone() for name, value in behind.items()}
+    student(torch.randn(4, *SHAPE[::-1])).sum().backward()
+    assert all(p.grad is not None for p in student.network.stages[0].parameters())
+    assert all(p.grad is not None for p in student.heads[0].parameters())
+    unborn = (student.network.stages[1:], student.network.classifier, student.heads[1])
+    assert all(p.grad is None for module in unborn for p in module.parameters())
+    assert all(torch.equal(before[name], value) for name, value in behind.items())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_teacher_speaks_inside_its_group_only(digits, mixed):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(6, 7, generator=generator, dtype=torch.double, requires_grad=True)
+    teacher = torch.randn(6, 4, generator=generator, dtype=torch.double)
+    labels = torch.tensor([3, 4, 5, 6, 3, 4])
+    batch = Batch(torch.empty(6, 1, 8, 8), labels, classes=(3, 7))
+    if mixed:
+        batch = batch._replace(labels=torch.nn.functional.one_hot(labels, 10).double())
+    method = begun(digits, alpha=1.0)
+    loss = method.losses(batch, Output(student), [Output(teacher)])["education"]
+    window = student[:, 3:7].detach().requires_grad_()
+    expected = KF.kl_div(window, teacher, temperature=4.0, backend="reference")
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(student.grad[:, 3:7], window.grad)
+    assert not student.grad[:, :3].any()
+    # The labels speak of all classes seen so far.
+    student.grad = None
+    begun(digits, alpha=0.0).losses(batch, Output(student), [Output(teacher)])[
+        "education"
+    ].backward()
+    assert student.grad[:, :3].all()
+
+
+@pytest.mark.parametrize("order", ["interleaved", "sequential"])
+@pytest.mark.parametrize("replay", [True, False])
+def test_the_timetable_is_that_of_the_grades(digits, order, replay):
+    method = begun(digits, steps=60, steps_per_epoch=12, order=order, replay=replay,
+                   boundaries=[0.4, 0.6])  # fmt: skip
+    assert [list(group) for group in method.groups] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+    epochs = method.timetable[:, 0].reshape(5, 12)
+    assert (epochs[:2] == 0).all()
+    for epoch in epochs[3:]:
+        found, counts = np.unique(epoch, return_counts=True)
+        assert found.tolist() == ([0, 1, 2] if replay else [2])
+        assert not replay or sorted(counts.tolist()) == [4, 4, 4] or counts.tolist() == [4, 3, 5]
+        ups = sum(a != b for a, b in pairwise(epoch.tolist()))
+        assert not replay or (ups > 6 if order == "interleaved" else ups == 2)
+
+
+def test_batches_are_of_a_group_and_go_over_all_its_images(digits):
+    method = begun(digits, steps=60, steps_per_epoch=12)
+    batches = Batches(digits, batch_size=64, augment="none", seed=3, device="cpu")
+    seen = []
+    for step in range(4):
+        batch = method.data(batches, step)
+        assert batch.classes == (0, 3) and batch.labels.max() < 3
+        assert torch.equal(
+            batch.labels, torch.from_numpy(digits.train.labels[digits.train.rows])[batch.rows]
+        )
+        again = begun(digits, steps=60, steps_per_epoch=12).data(batches, step)
+        assert torch.equal(again.images, batch.images)
+        seen.append(batch.rows)
+    assert len(torch.cat(seen[:3]).unique()) == 3 * 64
+    late = method.data(batches, 59)
+    assert method.teachers(59) == (method.groups.index(range(*late.classes)),)
+
+
+def test_the_learning_rate_may_begin_anew_with_each_grade(digits):
+    restarts = begun(digits, grades=2, steps=40)
+    assert [restarts.progress(step) for step in (0, 10, 20, 30)] == [0, 0.5, 0, 0.5]
+    runs_through = begun(digits, grades=2, steps=40, restart=False)
+    assert [runs_through.progress(step) for step in (0, 20)] == [0, 0.5]
+
+
+def test_specialists_are_of_their_group_and_the_student_is_exported_whole(school):
+    results = json.loads((school / "results.json").read_text())
+    for place in ("teacher-1", "teacher-2"):
+        _, model = checkpoint.load_model(school / place / "model.safetensors", SHAPE, 5)
+        assert model.classifier.out_features == 5
+        assert results[place]["test"]["accuracy"] > 0.8
+    _, student = checkpoint.load_model(school / "seed-0" / "model.safetensors", SHAPE, 10)
+    assert student.state_dict().keys() == build_model("convnet8", SHAPE, 10).state_dict().keys()
+    assert results["runs"][0]["val"]["best_epoch"] > 12
+    assert "agreement" not in results["runs"][0]["test"]
+
+
+def test_replay_keeps_the_first_group_and_without_it_there_is_a_cliff(school, tmp_path):
+    out = tmp_path / "none"
+    config = Config(**QUICK, teacher_checkpoint=teachers_of(school), epochs=30, out=str(out))
+    run(config, GRADES | {"replay": False})
+    before, kept, lost = (
+        log[epoch]["val"]["accuracy_of_group_1"]
+        for log, epoch in ((log_of(school), 11), (log_of(school), 29), (log_of(out), 29))
+    )
+    print(before, kept, lost)
+    assert log_of(school)[11]["val"]["accuracy_of_group_2"] == 0  # not yet among its classes
+    assert before > 0.6 and kept > before - 0.25 and lost < 0.1
+    assert log_of(school)[29]["val"]["accuracy_of_group_2"] > 0.5
+
+
+def test_one_grade_is_kd(tmp_path):
+    config = QUICK | {"student": "mlp8", "epochs": 2}
+    teacher = {"teacher": "mlp16", "teacher_epochs": 2}
+    run(Config(**config, **teacher, out=str(tmp_path / "one")), {"grades": 1})
+    kd = Config(
+        **config | {"method": "kd"}, out=str(tmp_path / "kd"),
+        teacher_checkpoint=str(tmp_path / "one" / "teacher" / "model.safetensors"),
+    )  # fmt: skip
+    run(kd, {"alpha": 0.7})
+    one, other = (
+        checkpoint.load_model(tmp_path / name / "seed-0" / "model.safetensors", SHAPE, 10)[1]
+        for name in ("one", "kd")
+    )
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_run_resumes_bit_equal_across_a_promotion(school, tmp_path, stop):
+    """Stopped before the promotion, at the third epoch's start, and in the middle of a grade."""
+    config = QUICK | {"teacher_checkpoint": teachers_of(school), "epochs": 4, "augment": "auto"}
+    config["checkpoint_every"] = 5
+    run(Config(**config, out=str(tmp_path / "whole")), {"grades": 2})
+    save, saves = loop.save, []
+
+    def save_and_stop(*arguments):
+        save(*arguments)
+        saves.append(1)
+        if len(saves) == stop:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save", save_and_stop)
+        with pytest.raises(Stop):
+            run(Config(**config, out=str(tmp_path / "again")), {"grades": 2})
+    run(Config(**config, out=str(tmp_path / "again"), resume=True), {"grades": 2})
+    whole, again = (
+        checkpoint.load_state(tmp_path / name / "seed-0" / "checkpoint.pt")
+        for name in ("whole", "again")
+    )
+    for part in ("student", "method", "optimizer", "rng"):
+        torch.testing.assert_close(whole[part], again[part], rtol=0, atol=0)
+    for one, other in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "again"), strict=True):
+        assert (one["train"], one["val"]) == (other["train"], other["val"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--grades 3", "3 grades: expected a student of as many stages, got 2"),
+        ("--grades 2 --epochs 1", "--boundaries: every grade must last an epoch or more; of 1"),
+        ("--grades 2 --boundaries .5 .6", "--boundaries: expected 1 for 2 grades, got [0.5, 0.6]"),
+        ("--grades 2 --boundaries 0", "grades would begin after [0, 0]"),
+        ("--grades 11", "--grades: expected at most 10, one a class"),
+        ("--method education+kd --grades 2", "--method: education goes with no other method"),
+        ("--grades 2 --teacher-checkpoint x", "--teacher-checkpoint: expected 2 joined by commas"),
+    ],
+)
+def test_bad_options_are_named_and_write_nothing(arguments, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    common = "--method education --student convnet8 --accelerator cpu --replay false"
+    teacher = [] if "--teacher-checkpoint" in arguments else ["--teacher", "convnet4"]
+    assert main([*common.split(), *teacher, *arguments.split(), "--out", str(out)]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
