@@ -6,7 +6,10 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
+#include <set>
+#include <utility>
 #include <vector>
 
 namespace kd::cuda::simt {
@@ -22,12 +25,10 @@ inline bool knows(const Clock& clock, Epoch e) {
   return e.tick == 0 || (e.agent < clock->size() && (*clock)[e.agent] >= e.tick);
 }
 
-// What comes together at a barrier. Joined once all is there, since most brings the same clock.
+// What comes together at a barrier. Joined once all is there, since most threads bring the same.
 class Gathering {
  public:
-  void add(const Clock& clock) {
-    if (clocks_.empty() || clocks_.back() != clock) clocks_.push_back(clock);
-  }
+  void add(const Clock& clock) { clocks_.insert(clock); }
   void add(Epoch e) { epochs_.push_back(e); }
   Clock join() {
     Ticks ticks;
@@ -45,26 +46,28 @@ class Gathering {
   }
 
  private:
-  std::vector<Clock> clocks_;
+  std::set<Clock> clocks_;  // few, of many threads
   std::vector<Epoch> epochs_;
 };
 
-// Of two clocks. Many threads learn of the same thing from the same state: the last answer is kept.
+// Of two clocks. Many threads learn of the same thing from the same state: answers are kept.
 class Joiner {
  public:
   Clock operator()(const Clock& a, const Clock& b) {
     if (a == b) return a;
-    if (a != a_ || b != b_) {
+    if (known_.size() > 100) known_.clear();
+    Clock& joined = known_[{a, b}];
+    if (!joined) {
       Gathering both;
       both.add(a);
       both.add(b);
-      a_ = a, b_ = b, joined_ = both.join();
+      joined = both.join();
     }
-    return joined_;
+    return joined;
   }
 
  private:
-  Clock a_, b_, joined_;
+  std::map<std::pair<Clock, Clock>, Clock> known_;
 };
 
 }  // namespace kd::cuda::simt
