@@ -12,7 +12,7 @@
 //   cluster_rank() cluster_size()       blocks of a cluster have consecutive indices
 //   sync_block() sync_warp() sync_cluster() = cluster_arrive() + cluster_wait()
 //   shuffle(v, lane) shuffle_xor(v, mask) shuffle_down(v, by)   32-, 64-bit v; of whole warps:
-//   vote_any(p) vote_all(p) vote_bits(p)                           every lane has to call them
+//   vote_any(p) vote_all(p) vote_bits(p)                        every lane has to call them
 //   fence_device() atomic_add(p, v)     writes before are seen before those after; returns what was
 //
 //   SharedMemory m = shared_memory();   what the launch asked for, handed out in the same order by
@@ -20,7 +20,7 @@
 //   Barriers b = m.barriers(n);         counts: m.bytes() is Launch::shared_bytes
 //   a[i] a.slice(first, n) a.pack<N>(i) a.set_pack(i, p)        p: Pack<T, N>; i a multiple of N
 //   remote(a, rank)                     the same in another block of the cluster, which must have
-//                                       started (sync_cluster), and must not exit before its last use
+//                                       started (sync_cluster) and must not end before its last use
 //
 //   b[i].init(count)                    by one thread; then fence_barriers() by it, and a sync
 //   b[i].arrive()  b[i].arrive_expecting(bytes)                 one of the phase's `count` arrivals
@@ -35,7 +35,7 @@
 //   commit_copies() wait_copies<N>()    group; waits for own groups but the last N, and no others
 //
 //   load<N>(p) load_once<N>(p)          Pack of N elements from N elements' alignment, up to 16
-//   store(p, pack) store_once(p, pack)  bytes; once: kept out of the caches. N = 1: an element
+//   store(p, pack) store_once(p, pack)  bytes; once: the first to leave the caches
 //   to_float(x) from_float<T>(f)        bfloat16 and float16 to nearest even; double as double
 //   exp2_approx(x) log2_approx(x)       relative error 2^-22, but log2 absolute between 1/2 and 2;
 //   reciprocal_approx(x)                one unit in the last place. All flush subnormals to zero

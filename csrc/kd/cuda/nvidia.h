@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #define KD_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define KD_PARAM const __grid_constant__
@@ -21,7 +22,7 @@ constexpr bool has_clusters = true;
 constexpr bool has_clusters = false;
 #endif
 
-// Indices ------------------------------------------------------------------------------------------
+// Indices.
 
 KD_DEVICE int thread_index() { return threadIdx.x; }
 KD_DEVICE int block_threads() { return blockDim.x; }
@@ -44,7 +45,7 @@ KD_DEVICE int cluster_size() {
   return size;
 }
 
-// Synchronisation and warps ------------------------------------------------------------------------
+// Synchronisation and warps.
 
 constexpr unsigned whole_warp = 0xffffffffu;
 
@@ -79,7 +80,31 @@ KD_DEVICE void fence_device() { __threadfence(); }
 template <class T>
 KD_DEVICE T atomic_add(T* p, T v) { return atomicAdd(p, v); }
 
-// Shared memory ------------------------------------------------------------------------------------
+// Packs are moved as one word, which their elements' types would not promise.
+
+template <int bytes> struct WordOf;
+template <> struct WordOf<1> { using type = unsigned char; };
+template <> struct WordOf<2> { using type = unsigned short; };
+template <> struct WordOf<4> { using type = unsigned int; };
+template <> struct WordOf<8> { using type = uint2; };
+template <> struct WordOf<16> { using type = uint4; };
+template <class T, int N>
+using Word = typename WordOf<sizeof(T) * N>::type;
+
+template <class T, int N>
+KD_DEVICE Pack<T, N> from_word(Word<T, N> w) {
+  Pack<T, N> v;
+  memcpy(&v, &w, sizeof(v));
+  return v;
+}
+template <class T, int N>
+KD_DEVICE Word<T, N> to_word(Pack<T, N> v) {
+  Word<T, N> w;
+  memcpy(&w, &v, sizeof(w));
+  return w;
+}
+
+// Shared memory.
 
 template <class T>
 struct Shared {
@@ -88,9 +113,9 @@ struct Shared {
 
   KD_DEVICE T& operator[](int i) const { return data[i]; }
   template <int N>
-  KD_DEVICE Pack<T, N> pack(int i) const { return *(const Pack<T, N>*)(data + i); }
+  KD_DEVICE Pack<T, N> pack(int i) const { return from_word<T, N>(*(const Word<T, N>*)(data + i)); }
   template <int N>
-  KD_DEVICE void set_pack(int i, Pack<T, N> p) const { *(Pack<T, N>*)(data + i) = p; }
+  KD_DEVICE void set_pack(int i, Pack<T, N> p) const { *(Word<T, N>*)(data + i) = to_word(p); }
   KD_BOTH Shared slice(int first, int n) const { return {data + first, n}; }
 };
 
@@ -111,8 +136,9 @@ struct Barrier {
   }
   KD_DEVICE void arrive_expecting(int bytes) const {
 #if KD_SM90
-    asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(address),
-                 "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;"
+                 :
+                 : "r"(address), "r"(bytes)
                  : "memory");
 #endif
   }
@@ -203,15 +229,16 @@ KD_DEVICE uint32_t remote_address(uint32_t address, int rank) {
 }
 KD_DEVICE RemoteBarrier remote(Barrier b, int rank) { return {remote_address(b.address, rank)}; }
 
-// Asynchronous copies ------------------------------------------------------------------------------
+// Asynchronous copies.
 
 template <class T>
 KD_DEVICE void copy_async(Shared<T> to, const T* from, int n, Barrier barrier) {
 #if KD_SM90
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to.data)),
-      "l"(__cvta_generic_to_global(from)), "r"((int)(n * sizeof(T))), "r"(barrier.address)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :
+      : "r"(shared_address(to.data)), "l"(__cvta_generic_to_global(from)),
+        "r"((int)(n * sizeof(T))), "r"(barrier.address)
       : "memory");
 #endif
 }
@@ -254,45 +281,26 @@ KD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memo
 template <int N>
 KD_DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// Global memory ------------------------------------------------------------------------------------
-
-namespace detail {
-template <int bytes> struct Word;
-template <> struct Word<1> { using type = unsigned char; };
-template <> struct Word<2> { using type = unsigned short; };
-template <> struct Word<4> { using type = unsigned int; };
-template <> struct Word<8> { using type = uint2; };
-template <> struct Word<16> { using type = uint4; };
-}  // namespace detail
+// Global memory.
 
 template <int N, class T>
 KD_DEVICE Pack<T, N> load(const T* p) {
-  using W = typename detail::Word<sizeof(T) * N>::type;
-  const W w = __ldg((const W*)p);
-  Pack<T, N> out;
-  memcpy(&out, &w, sizeof(w));
-  return out;
+  return from_word<T, N>(*(const Word<T, N>*)p);
 }
 template <int N, class T>
 KD_DEVICE Pack<T, N> load_once(const T* p) {
-  using W = typename detail::Word<sizeof(T) * N>::type;
-  const W w = __ldcs((const W*)p);
-  Pack<T, N> out;
-  memcpy(&out, &w, sizeof(w));
-  return out;
+  return from_word<T, N>(__ldcs((const Word<T, N>*)p));
 }
 template <class T, int N>
 KD_DEVICE void store(T* p, Pack<T, N> v) {
-  *(Pack<T, N>*)p = v;
+  *(Word<T, N>*)p = to_word(v);
 }
 template <class T, int N>
 KD_DEVICE void store_once(T* p, Pack<T, N> v) {
-  typename detail::Word<sizeof(T) * N>::type w;
-  memcpy(&w, &v, sizeof(w));
-  __stcs((decltype(w)*)p, w);
+  __stcs((Word<T, N>*)p, to_word(v));
 }
 
-// Numbers ------------------------------------------------------------------------------------------
+// Numbers.
 
 KD_DEVICE float to_float(float x) { return x; }
 KD_DEVICE double to_float(double x) { return x; }
@@ -306,7 +314,7 @@ template <class T, class S>
 KD_DEVICE T from_float(S x) {
   if constexpr (sizeof(T) == 2) {
     T out;
-    if constexpr (sizeof(decltype(out.bits)) == 2 && __is_same(T, bfloat16))
+    if constexpr (std::is_same_v<T, bfloat16>)
       asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"((float)x));
     else
       asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"((float)x));
@@ -332,7 +340,7 @@ KD_DEVICE float reciprocal_approx(float x) {
   return y;
 }
 
-// Host ---------------------------------------------------------------------------------------------
+// Host.
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess)

@@ -28,8 +28,11 @@ inline bool knows(const Clock& clock, Epoch e) {
 // What comes together at a barrier. Joined once all is there, since most threads bring the same.
 class Gathering {
  public:
-  void add(const Clock& clock) { clocks_.insert(clock); }
   void add(Epoch e) { epochs_.push_back(e); }
+  void add(const Clock& clock, Epoch e) {
+    clocks_.insert(clock);
+    epochs_.push_back(e);
+  }
   Clock join() {
     Ticks ticks;
     for (const Clock& clock : clocks_) {
@@ -59,8 +62,8 @@ class Joiner {
     Clock& joined = known_[{a, b}];
     if (!joined) {
       Gathering both;
-      both.add(a);
-      both.add(b);
+      both.add(a, {0, 0});
+      both.add(b, {0, 0});
       joined = both.join();
     }
     return joined;

@@ -18,7 +18,7 @@ namespace kd::cuda {
 
 constexpr bool has_clusters = true;
 
-// Indices ------------------------------------------------------------------------------------------
+// Indices.
 
 inline int thread_index() { return simt::here().index; }
 inline int block_threads() { return simt::machine->how().threads; }
@@ -29,7 +29,7 @@ inline int warp_index() { return thread_index() / warp_threads; }
 inline int cluster_rank() { return simt::here().block->rank; }
 inline int cluster_size() { return simt::machine->how().cluster; }
 
-// Synchronisation and warps ------------------------------------------------------------------------
+// Synchronisation and warps.
 
 inline void sync_block(KD_HERE) { simt::machine->sync_block(site); }
 inline void sync_warp(KD_HERE) { simt::machine->sync_warp(site); }
@@ -79,7 +79,7 @@ T atomic_add(T* p, T v) {
   return before;
 }
 
-// Shared memory ------------------------------------------------------------------------------------
+// Shared memory.
 
 template <class T>
 struct Shared {
@@ -121,23 +121,22 @@ struct Shared {
     if (i < 0 || i + n > count) outside(i, n);
     region->read(first + i, n);
     P p;
-    memcpy(&p, region->data + (first + i) * sizeof(T), sizeof(P));
+    memcpy(&p, region->at(first + i), sizeof(P));
     return p;
   }
   template <class P>
   void set(int i, int n, const P& p) const {
     if (i < 0 || i + n > count) outside(i, n);
     region->write(first + i, n);
-    memcpy(region->data + (first + i) * sizeof(T), &p, sizeof(P));
+    memcpy(region->at(first + i), &p, sizeof(P));
   }
   int aligned(int i, int n) const {
     if ((region->offset + (first + i) * sizeof(T)) % (n * sizeof(T)))
-      simt::machine->fail("needs " + std::to_string(n) + " elements of shared memory aligned");
+      simt::fail("needs ", n, " elements of shared memory aligned");
     return i;
   }
   [[noreturn]] void outside(int i, int n) const {
-    simt::machine->fail("uses elements " + std::to_string(i) + " to " + std::to_string(i + n - 1) +
-                        " of a shared array of " + std::to_string(count));
+    simt::fail("uses elements ", i, " to ", i + n - 1, " of a shared array of ", count);
   }
 };
 
@@ -145,7 +144,9 @@ struct RemoteBarrier {
   simt::Block* block;
   size_t offset;
 
-  void arrive(KD_HERE) const { simt::machine->arrive(*block, offset, 0, site); }
+  void arrive(KD_HERE) const {
+    simt::machine->arrive(simt::machine->barrier(*block, offset), 0, site);
+  }
 };
 
 struct Barrier {
@@ -154,10 +155,13 @@ struct Barrier {
   void init(int count) const { simt::machine->init(offset, count); }
   void arrive(KD_HERE) const { arrive_expecting(0, site); }
   void arrive_expecting(int bytes, KD_HERE) const {
-    simt::machine->arrive(*simt::here().block, offset, bytes, site);
+    simt::machine->arrive(state(), bytes, site);
   }
-  void wait(int parity, KD_HERE) const { simt::machine->wait(offset, parity, false, site); }
-  void wait_cluster(int parity, KD_HERE) const { simt::machine->wait(offset, parity, true, site); }
+  void wait(int parity, KD_HERE) const { simt::machine->wait(state(), parity, false, site); }
+  void wait_cluster(int parity, KD_HERE) const { simt::machine->wait(state(), parity, true, site); }
+  simt::BarrierState& state() const {
+    return simt::machine->barrier(*simt::here().block, offset);
+  }
 };
 
 struct Barriers {
@@ -165,7 +169,7 @@ struct Barriers {
   int count;
 
   Barrier operator[](int i) const {
-    if (i < 0 || i >= count) simt::machine->fail("uses a barrier that it does not have");
+    if (i < 0 || i >= count) simt::fail("uses barrier ", i, " of ", count);
     return {offset + i * sizeof(uint64_t)};
   }
 };
@@ -211,25 +215,25 @@ inline RemoteBarrier remote(Barrier b, int rank) {
   return {&simt::machine->block(rank), b.offset};
 }
 
-// Asynchronous copies ------------------------------------------------------------------------------
+// Asynchronous copies.
 
 namespace simt {
 inline void need_aligned(const void* p, size_t bytes) {
-  if ((uintptr_t)p % bytes) machine->fail("needs an address aligned to " + std::to_string(bytes) + " bytes");
+  if ((uintptr_t)p % bytes) fail("needs an address aligned to ", bytes, " bytes");
 }
 template <class T>
 void issue(Shared<T> to, const T* from, int n, BarrierState* barrier) {
-  if (n < 0 || n > to.count) to.outside(0, n);
+  if (n < 1 || n > to.count) to.outside(0, n);
   need_aligned(from, 16);
   if (n * sizeof(T) % 16 || (to.region->offset + to.first * sizeof(T)) % 16)
-    machine->fail("copies by whole and aligned 16 bytes only");
+    fail("copies by whole and aligned 16 bytes only");
   machine->issue({to.region, to.first, n, from, 0, barrier});
 }
 }  // namespace simt
 
 template <class T>
 void copy_async(Shared<T> to, const T* from, int n, Barrier barrier) {
-  simt::issue(to, from, n, &simt::machine->barrier(*simt::here().block, barrier.offset));
+  simt::issue(to, from, n, &barrier.state());
 }
 template <class T>
 void send_async(Shared<T> to, int i, T v, Barrier barrier, int rank) {
@@ -256,7 +260,7 @@ void wait_copies() {
   simt::machine->wait_copies(N);
 }
 
-// Global memory ------------------------------------------------------------------------------------
+// Global memory.
 
 template <int N, class T>
 Pack<T, N> load(const T* p) {
@@ -279,7 +283,7 @@ void store_once(T* p, Pack<T, N> v) {
   store(p, v);
 }
 
-// Numbers ------------------------------------------------------------------------------------------
+// Numbers.
 
 namespace simt {
 #define KD_FN inline
@@ -311,7 +315,7 @@ inline float exp2_approx(float x) { return simt::approximate(exp2f(x), simt::to_
 inline float log2_approx(float x) { return simt::approximate(log2f(x), simt::to_bits(x)); }
 inline float reciprocal_approx(float x) { return 1 / x; }
 
-// Host ---------------------------------------------------------------------------------------------
+// Host.
 
 inline const Properties& properties() { return simt::settings.properties; }
 

@@ -2,14 +2,15 @@
 // The simulated GPU. Clusters run one after another; the threads of a cluster are fibers that take
 // turns in random order, each until it waits, and asynchronous copies land at random times in
 // between. What the order of one run does not show, the clocks do: every access to shared memory
-// has to know of those it conflicts with.
+// has to know of those it conflicts with. A mistake is thrown as an Error, out of the launch.
 #pragma once
 #include <string.h>
 
+#include <exception>
 #include <functional>
 #include <map>
+#include <sstream>
 #include <stdexcept>
-#include <string>
 
 #include "../../kd/cuda/types.h"
 #include "clock.h"
@@ -20,11 +21,21 @@ namespace kd::cuda::simt {
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+// Says which kernel and thread it was, too.
+[[noreturn]] void raise(const std::string& what);
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  raise(text.str());
+}
 
 struct Site {
   const char* file = "";
   int line = 0;
-  bool operator==(const Site& other) const { return line == other.line && !strcmp(file, other.file); }
+  bool operator==(const Site& other) const {
+    return line == other.line && !strcmp(file, other.file);
+  }
 };
 
 struct Block;
@@ -36,8 +47,8 @@ struct Thread {
   Fiber* fiber;
   Clock known;
   uint32_t tick = 1;
-  const char* waits = nullptr;  // in what it waits, and where
-  Site site;
+  const char* waits = nullptr;  // in what it waits
+  Site site;                    // there, or where it has last
   bool finished = false;
 
   uint64_t word = 0;  // of a warp's exchange: given, then received
@@ -50,6 +61,8 @@ struct Thread {
   Epoch now() const { return {id, tick}; }
   void know(const Clock& clock);
 };
+std::ostream& operator<<(std::ostream&, const Thread&);
+std::ostream& operator<<(std::ostream&, Site);
 
 // An element of shared memory: its last write, and the reads since.
 struct Cell {
@@ -65,39 +78,42 @@ struct Region {
   char* data;
   std::vector<Cell> cells;
 
-  // By the current thread, which may be of another block; check bounds, lifetime and races.
-  void read(int first, int n) { access(first, n, false); }
-  void write(int first, int n) { access(first, n, true); }
-  // By an asynchronous copy that the current thread issues.
+  // By the current thread, which may be of another block; check lifetime and races.
+  void read(int first, int n);
+  void write(int first, int n);
+  // By a copy that the current thread issues; a bulk copy needs earlier writes fenced.
   void write_async(int first, int n, Epoch copy, bool bulk);
+  char* at(int i) { return data + (size_t)i * element; }
 
  private:
-  void access(int first, int n, bool writes);
+  void visit();
   void check(int i, Epoch other, const char* does, const char* did) const;
 };
+std::ostream& operator<<(std::ostream&, const Region&);
 
 struct BarrierState {
+  Block* block;
   size_t offset;
   Epoch initialised;
   int count, pending;
-  int64_t bytes = 0;  // expected and not landed
-  uint32_t phase = 0, agent = 0, copies = 0;
-  int flying = 0;
+  uint32_t agent;      // of the copies that it counts
+  uint32_t copies = 0;
+  int flying = 0;      // of those
+  int64_t bytes = 0;   // expected and not landed
+  uint32_t phase = 0;
   bool remote = false;  // another block has taken part
   Gathering arriving;
-  Clock completed;
+  Clock completed;  // of the phase before
   std::vector<Thread*> waiting;
 };
-
-std::string name(const Thread& t);
-std::string at(Site site);
+std::ostream& operator<<(std::ostream&, const BarrierState&);
 
 struct Copy {  // in flight
   Region* to;
   int first, n;
-  const void* from;       // or null: `word`
+  const void* from;  // or null: `word`
   uint64_t word;
-  BarrierState* barrier;  // in the block of `to`; or null: of a group of its thread
+  BarrierState* barrier;  // or null: of a group of its thread
   Epoch agent{0, 0};
 };
 
@@ -107,7 +123,7 @@ struct Block {
   int index, rank, alive;
   std::vector<Thread*> threads;
   std::unique_ptr<char[]> memory;
-  std::map<size_t, Region> regions;
+  std::map<size_t, Region> regions;  // by offset
   std::map<size_t, BarrierState> barriers;
   Meeting all;
   std::vector<Meeting> warps;
@@ -121,66 +137,69 @@ class Machine {
   Machine(const Launch& how, const std::function<void()>& body);
   void run();
 
-  Thread& current() { return *current_; }
   const Launch& how() const { return how_; }
-  Block& block(int rank);
+  Thread* current() const { return current_; }
   Thread* thread(uint32_t agent) { return agent < threads_.size() ? &threads_[agent] : nullptr; }
-  Epoch copies(const Thread& t, uint32_t group) const {
-    return {(uint32_t)threads_.size() + t.id, group};
-  }
+  Block& block(int rank);
   Clock join(const Clock& a, const Clock& b) { return joiner_(a, b); }
 
   void sync_block(Site);
   void sync_warp(Site);
   void cluster_arrive(Site);
   void cluster_wait(Site);
-  // Every lane gives a word and gets that of lane `source`; or for source -1 the lanes whose word
-  // is not 0.
+  // Every lane gives a word and gets that of lane `source`; or for source -1, which lanes gave
+  // another one than 0.
   uint64_t exchange(const char* what, uint64_t word, int source, Site);
 
-  BarrierState& barrier(Block& block, size_t offset);
   void init(size_t offset, int count);
-  void arrive(Block& block, size_t offset, int bytes, Site);
-  void wait(size_t offset, int parity, bool cluster, Site);
+  BarrierState& barrier(Block& block, size_t offset);
+  void arrive(BarrierState& b, int bytes, Site);
+  void wait(BarrierState& b, int parity, bool cluster, Site);
   void issue(Copy copy);
   void wait_copies(uint32_t groups_left);
-  [[noreturn]] void fail(const std::string& what) const;
 
  private:
   static void entry();
-  void run_cluster(int first_block);
-  void pause(const char* what, Site site);
-  void wake(Thread& t);
-  bool meet(Meeting& meeting, size_t size, const char* what, Site site);
-  void synchronise(Meeting& meeting, Site site);
-  void land(size_t i);
-  void complete(Block& block, BarrierState& barrier);
+  void start_cluster(int first_block);
+  void run_cluster();
   void check_end();
+  void pause(const char* what, Site site);
+  void wake(Thread& t) { ready_.push_back(&t); }
   [[noreturn]] void stuck() const;
   uint64_t random(uint64_t below);
 
-  Launch how_;
+  bool meet(Meeting& meeting, size_t size, const char* what, Site site);
+  void synchronise(Meeting& meeting, Site site);
+  void land(size_t i);
+  void complete(BarrierState& b);
+  Epoch copies(const Thread& t, uint32_t group) const {
+    return {(uint32_t)threads_.size() + t.id, group};
+  }
+
+  const Launch how_;
   const std::function<void()>& body_;
   uint64_t state_;  // of the random numbers
-  uint32_t agents_ = 0;
   std::vector<Thread> threads_;
   std::vector<Block> blocks_;
   std::vector<Thread*> ready_;
   std::vector<Copy> flying_;
   size_t alive_ = 0;
+  uint32_t agents_ = 0;  // threads, each one's groups of copies, each barrier's copies
+  Joiner joiner_;
+
   size_t cluster_arrivals_ = 0;
   uint32_t cluster_phase_ = 0;
   Gathering cluster_arriving_;
-  std::vector<Thread*> cluster_waiting_;
   Clock cluster_completed_;
-  Joiner joiner_;
+  Meeting cluster_waiting_;
+
   Fiber main_;
   Thread* current_ = nullptr;
   std::exception_ptr error_;
 };
 
 inline Machine* machine = nullptr;  // the one that runs
-inline Thread& here() { return machine->current(); }
+inline Thread& here() { return *machine->current(); }
 
 // Of the simulated device, and of the next launches; for tests.
 struct Settings {
