@@ -9,9 +9,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 from kdkernels import functional as KF
 from kdkernels.train import Config, checkpoint, loop, run
+from kdkernels.train.average import Average
 from kdkernels.train.cli import main
 from kdkernels.train.data import Batch, Batches, load_data
 from kdkernels.train.methods import METHODS, Output, Run
@@ -226,6 +228,39 @@ def test_a_run_resumes_bit_equal_across_a_promotion(school, tmp_path, stop):
         torch.testing.assert_close(whole[part], again[part], rtol=0, atol=0)
     for one, other in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "again"), strict=True):
         assert (one["train"], one["val"]) == (other["train"], other["val"])
+
+
+def exported(folder):
+    path = folder / "seed-0" / "model.safetensors"
+    return checkpoint.load_model(path, SHAPE, 10)[1].state_dict()
+
+
+def test_cached_specialists_teach_to_the_same_bits(school, tmp_path):
+    config = QUICK | {"teacher_checkpoint": teachers_of(school), "epochs": 3, "augment": "crop"}
+    for name, cache in (("plain", {}), ("cached", {"teacher_cache": str(tmp_path / "cache")})):
+        run(Config(**config, **cache, out=str(tmp_path / name)), {"grades": 2})
+    plain, cached = (exported(tmp_path / name) for name in ("plain", "cached"))
+    torch.testing.assert_close(plain, cached, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"ema": 0.9}, {"accumulate": 2}, {"mixup": 0.2}])
+def test_a_growing_student_goes_with(school, tmp_path, settings):
+    config = QUICK | {"teacher_checkpoint": teachers_of(school), "epochs": 6} | settings
+    run(Config(**config, out=str(tmp_path)), {"grades": 2})
+    log = log_of(tmp_path)
+    for first, last in ((0, 2), (3, 5)):  # of a grade
+        assert log[last]["train"]["education"] < log[first]["train"]["education"]
+    assert log[2]["val"]["accuracy_of_group_1"] > 0.2 > log[2]["val"]["accuracy_of_group_2"] == 0
+
+
+def test_averaged_weights_grow_with_the_student():
+    student = grow(build_model("resnet14", SHAPE, 10), SHAPE, [3, 6, 10])
+    average = Average(Fabric(accelerator="cpu", devices=1), student, 0.9)
+    images = torch.randn(2, *SHAPE[::-1])
+    for grade, classes in ((0, 3), (1, 6), (2, 10)):
+        student.grade = grade
+        average.update(student, 0)
+        assert average.network(images).logits.shape == (2, classes)
 
 
 @pytest.mark.parametrize(
