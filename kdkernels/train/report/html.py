@@ -64,9 +64,13 @@ def folded(title: str, content: str) -> str:
 
 
 def settings(values: dict[str, object]) -> str:
-    """Names and values."""
-    rows = [(f"<code>{escape(key)}</code>", escape(shown(value))) for key, value in values.items()]
-    return table(("option", "value"), rows, style="text")
+    """Names and values, those without a value left out."""
+    items = "".join(
+        f"<li><code>{escape(key)}</code> {escape(shown(value))}</li>"
+        for key, value in values.items()
+        if value is not None
+    )
+    return f'<ul class="settings">{items}</ul>'
 
 
 def shown(value: object) -> str:
