@@ -87,7 +87,7 @@ def test_the_summary_is_mean_and_deviation_over_seeds(folder):
 def test_the_page_tells_options_teacher_and_predictions(folder):
     text = plain(written(folder))
     assert re.search(r"Options that differ .* method ce kd .* alpha 0\.9 ", text)
-    assert re.search(r"Teacher: mlp32 \(\d\d?\.\d\d % on the test images\)", text)
+    assert re.search(r"Teacher: mlp32 \(\d\d?\.\d\d % on test\)\.", text)
     assert re.search(r"teacher [✓✗] \d \d+ %", text)
     assert text.count("Drawn at random") == 2
 
@@ -180,6 +180,19 @@ def test_many_classes_are_shown_by_what_is_confused():
     )  # fmt: skip
     text = plain("".join(sections.classes([one, one])))
     assert "class 7 class 21 100.0" in text and text.count(" class 7 ") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("target_entropy", "entropy"),
+        ("skd.teacher_entropy", "entropy"),
+        ("kl_to_target", "KL, nats"),
+        ("accuracy_of_group_12", "accuracy of group"),
+    ],
+)
+def test_measures_of_a_kind_share_a_chart(name, kind):
+    assert sections._kind(name) == kind
 
 
 def test_charts_leave_out_what_has_no_place():

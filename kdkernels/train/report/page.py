@@ -12,7 +12,7 @@ from kdkernels.train import checkpoint
 from kdkernels.train.report import html
 from kdkernels.train.report.charts import Chart, series, strip
 from kdkernels.train.report.runs import Run, differences, read_runs
-from kdkernels.train.report.sections import draw, problems, run_section
+from kdkernels.train.report.sections import draw, problems, run_section, teachers
 from kdkernels.train.report.terminal import ROWS, mean_and_std
 
 # Heading, name in an epoch's record, factor and whether on a logarithmic scale.
@@ -75,17 +75,10 @@ def summary(runs: Sequence[Run], styles: Sequence[str]) -> str:
         name = f'<span class="key {style}">{escape(run.label)}</span>'
         rows.append((name, seeds, dots, *means))
     header = ("method", "seeds", "test accuracy, %: ", *(f"{g}: {h}" for g, h, *_ in ROWS))
-    return f'<h2>Summary</h2>{html.table(header, rows)}<p class="soft">{NOTE}</p>{teachers(runs)}'
-
-
-def teachers(runs: Sequence[Run]) -> str:
-    """The teachers that the students are measured against."""
-    found = dict.fromkeys(
-        f"{run.teacher['model']} ({100 * run.teacher['test']['accuracy']:.2f} % on the test images)"
-        for run in runs
-        if run.teacher
-    )
-    return f'<p class="soft">Teacher: {escape(", ".join(found))}.</p>' if found else ""
+    taught = dict.fromkeys(teachers(run) for run in runs if run.teachers)
+    by = f"Teacher: {'; or '.join(taught)}." if taught else ""
+    notes = f'<p class="soft">{NOTE}</p><p class="soft">{escape(by)}</p>'
+    return f"<h2>Summary</h2>{html.table(header, rows)}{notes}"
 
 
 def comparison(runs: Sequence[Run], styles: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ class Run:
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
     seeds: list[Seed] = field(default_factory=list)
-    teacher: dict[str, Any] | None = None
+    teachers: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     label: str = ""
@@ -97,7 +97,9 @@ def _read(folder: Path) -> Run:
     if (folder / "results.json").exists():
         try:
             results = checkpoint.read_json(folder / "results.json")
-            run.teacher, run.environment = results.get("teacher"), results["environment"]
+            run.environment = results["environment"]
+            names = [name for name in results if name.startswith("teacher")]
+            run.teachers = [results[name] for name in names]
         except (InputError, KeyError):
             run.problems.append("results.json is damaged")
     found = {int(path.name[5:]): path for path in folder.glob("seed-*") if _is_seed(path)}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -57,9 +58,8 @@ def facts(run: Run) -> str:
         if finished:
             student += f" ({finished[0].results['parameters']:,} parameters)"
         said.append(escape(student))
-    if run.teacher:
-        accuracy = 100 * run.teacher["test"]["accuracy"]
-        said.append(escape(f"teacher {run.teacher['model']} ({accuracy:.2f} % on test)"))
+    if run.teachers:
+        said.append(escape(f"teacher {teachers(run)}"))
     if config:
         said.append(
             escape(
@@ -68,6 +68,12 @@ def facts(run: Run) -> str:
             )
         )
     return "; ".join(said) + "."
+
+
+def teachers(run: Run) -> str:
+    """The run's teachers; several are tested on the classes that each of them teaches."""
+    shown = [f"{t['model']} ({100 * t['test']['accuracy']:.2f} % on test)" for t in run.teachers]
+    return ", ".join(shown)
 
 
 def seeds_table(run: Run) -> str:
@@ -94,9 +100,7 @@ def training(run: Run) -> list[str]:
     measures = {name: x for name, x in _lines(logs, "val").items() if name not in COMMON}
     groups: dict[str, dict[str, list[Points]]] = {}
     for name, lines in measures.items():
-        last = name.rpartition(".")[2]
-        group = "KL, nats" if last.startswith("kl") else last.rpartition("_")[2]
-        groups.setdefault(group, {})[name] = lines
+        groups.setdefault(_kind(name), {})[name] = lines
     shown += [_chart(f"The method's {g}", "on validation images", x) for g, x in groups.items()]
     for title, key, factor in (
         ("Images per second", "samples_per_second", 1),
@@ -106,6 +110,15 @@ def training(run: Run) -> list[str]:
         lines = [[(record["epoch"], factor * record[key]) for record in log] for log in logs]
         shown.append(_chart(title, "", {title: lines}))
     return shown
+
+
+def _kind(measure: str) -> str:
+    """Of measures that belong in one chart: method.target_entropy, kl_to_target, accuracy_of_1."""
+    name = measure.rpartition(".")[2]
+    if name.startswith("kl"):
+        return "KL, nats"
+    numbered = re.sub(r"_\d+$", "", name)
+    return numbered.replace("_", " ") if numbered != name else name.rpartition("_")[2]
 
 
 def _lines(logs: Sequence[Sequence[dict]], part: str) -> dict[str, list[Points]]:
