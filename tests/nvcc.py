@@ -12,7 +12,7 @@ from pathlib import Path
 
 from compiling import cached, run, tool
 
-FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas", "-v", "--keep", "-Werror", "all-warnings"]
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas", "-v", "-Werror", "all-warnings"]
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 
 # Of a multiprocessor, alike on all targets. Registers are handed to warps in units of 256.
@@ -54,7 +54,7 @@ def compiled(source: Path, target: str) -> list[Kernel]:
 def _compile(command: list[str], source: Path) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.cubin"
-        result = run([*command, source.resolve(), "--keep-dir", folder, "-o", out])
+        result = run([*command, "--keep", "--keep-dir", folder, source.resolve(), "-o", out])
         ptx = "\n".join(path.read_text() for path in Path(folder).glob("*.ptx"))
     kernels = []
     for part in re.split(r"Compiling entry function '", result.stdout + result.stderr)[1:]:
