@@ -170,7 +170,8 @@ def test_unknown_shape(capsys):
 @pytest.mark.skipif(
     not any((ROOT / "benchmarks/results").glob("*/*.json")), reason="no results are kept yet"
 )
-def test_readme_shows_the_results():
-    command = [sys.executable, ROOT / "benchmarks/plot.py", "--check"]
+@pytest.mark.parametrize("script", ["plot.py", "accuracy_table.py"])
+def test_readme_shows_the_results(script):
+    command = [sys.executable, ROOT / "benchmarks" / script, "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
