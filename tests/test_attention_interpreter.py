@@ -4,28 +4,21 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from kdkernels import ops
+from interpreter import INTERPRETED, assert_passes_interpreted
+
 from kdkernels.functional import learning_simplifier
 from kdkernels.ops.attention import GRAD_COEFFICIENTS, GRAD_TEACHER, GRAD_TEMPERATURE
-
-INTERPRETED = ops.triton_interpreted()
 
 if not INTERPRETED:
 
     def test_in_a_process_with_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+        assert_passes_interpreted(__file__)
 
 
 def error(ours, oracle):

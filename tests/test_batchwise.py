@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import INTERPRETED, assert_passes_interpreted
 
 from kdkernels import functional as kd
-from kdkernels import ops
 from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves, relative_errors
 
 FAMILY = [loss for loss in LOSSES.values() if loss.family.startswith("batchwise.")]
@@ -22,7 +19,6 @@ KERNELS = [backend for backend in BACKENDS if backend != "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIDES = ("student", "teacher")
 
-INTERPRETED = ops.triton_interpreted()
 # Of the tests below, what runs in half a minute by Triton's interpreter: every property, each dtype
 # once. `mlkd_published` differs by its weights alone, `mlkd_loss` has every term of it.
 IN_THE_INTERPRETER = (
@@ -41,13 +37,8 @@ if not INTERPRETED:
 
     def test_triton_in_a_process_with_the_interpreter():
         pytest.importorskip("triton", reason="triton is not installed: nothing to interpret")
-        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-        command += ["--disable-warnings", "-k", f"triton and ({' or '.join(IN_THE_INTERPRETER)})"]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        result = subprocess.run(
-            [*command, __file__], env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+        chosen = f"triton and ({' or '.join(IN_THE_INTERPRETER)})"
+        assert_passes_interpreted(__file__, chosen=chosen)
 
 
 losses = pytest.mark.parametrize("entry", FAMILY, ids=lambda loss: loss.name)

@@ -3,31 +3,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from interpreter import INTERPRETED, assert_passes_interpreted
 from test_triton_aot import assert_in_registers, compiled, load_widths
 
-from kdkernels import ops
 from kdkernels.ops.maps.elementwise import KINDS, Choices, Numbers
 from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves
 
-INTERPRETED = ops.triton_interpreted()
 NAMES = [name for name, loss in LOSSES.items() if loss.family == "maps.elementwise"]
 
 if not INTERPRETED:
 
     def test_in_a_process_with_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+        assert_passes_interpreted(__file__)
 
 
 # Maps of 32 x 32 and of 7 x 7, whose rows start anywhere; channels alone.

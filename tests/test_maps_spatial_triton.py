@@ -3,21 +3,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from interpreter import INTERPRETED, assert_passes_interpreted
 from test_triton_aot import TARGETS, assert_in_registers, compiled
 
-from kdkernels import ops
 from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves
 
-INTERPRETED = ops.triton_interpreted()
 NAMES = ("attention_transfer", "attention_transfer_norm", "ft_loss", "hcl_loss")
 
 
@@ -55,10 +50,7 @@ def test_compiles_without_spills(target, dtype, last, tmp_path, monkeypatch):
 if not INTERPRETED:
 
     def test_in_a_process_with_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+        assert_passes_interpreted(__file__)
 
 
 class TestInterpreted:

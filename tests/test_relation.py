@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from interpreter import INTERPRETED, assert_passes_interpreted
 
 import kdkernels
 from kdkernels import functional as kd
-from kdkernels import ops
 from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves
 
 ENTRIES = [x for x in LOSSES.values() if x.family.startswith("relation.")]
@@ -21,7 +19,6 @@ BACKENDS = LOSSES["rkd_loss"].backends()
 on_every = pytest.mark.parametrize("backend", BACKENDS)
 # Where the family has no Triton kernel.
 on_all_but_triton = pytest.mark.parametrize("backend", LOSSES["nst_loss"].backends())
-INTERPRETED = ops.triton_interpreted()
 # Of test_features and of this file, what runs in half a minute by Triton's interpreter.
 PROPERTIES = (
     "value_and_gradients and float32", "each_side_alone", "mixed_dtypes", "channels_last",
@@ -35,12 +32,11 @@ if not INTERPRETED:
         pytest.importorskip("triton", reason="triton is not installed: nothing to interpret")
         names = " or ".join(x.name for x in ENTRIES if "kdsvd" not in x.name)
         chosen = " or ".join(f"({x})" for x in PROPERTIES)
-        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-        command += ["--disable-warnings", "-k", f"triton and ({chosen}) and ({names} or relation)"]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        files = [__file__, os.path.join(os.path.dirname(__file__), "test_features.py")]
-        result = subprocess.run([*command, *files], env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+        assert_passes_interpreted(
+            __file__,
+            str(Path(__file__).with_name("test_features.py")),
+            chosen=f"triton and ({chosen}) and ({names} or relation)",
+        )
 
 
 def embeddings(rows=7, width=5, other=8, dtype=torch.float64, seed=0):

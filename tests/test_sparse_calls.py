@@ -190,7 +190,7 @@ def test_bad_indices_are_nan_where_they_are_not_checked(backend, device, monkeyp
     """What a GPU does with them, on whatever device."""
     if backend == "cpu":
         pytest.skip("its kernel checks them")
-    monkeypatch.setattr(checks, "_readable", lambda tensor: False)
+    monkeypatch.setattr(checks, "readable", lambda tensor: False)
     for index in (30, -1, 3, 2**40):
         indices = torch.tensor([[0, 1, 2, 3]] * 5, device=device)
         indices[2, 1] = index

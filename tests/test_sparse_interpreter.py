@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top-k teachers in Triton's interpreter, which must be chosen before the kernels are decorated."""
+"""Top-k teachers in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-from kdkernels import ops
+from interpreter import INTERPRETED, assert_passes_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed: nothing to interpret")
 
@@ -21,11 +17,7 @@ TESTS = (
 )  # fmt: skip
 
 
-@pytest.mark.skipif(ops.triton_interpreted(), reason="this is that process")
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_in_a_process_with_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["--disable-warnings", "-k", f"triton and ({' or '.join(TESTS)})"]
-    command += [str(Path(__file__).with_name(name)) for name in FILES]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+    files = [str(Path(__file__).with_name(name)) for name in FILES]
+    assert_passes_interpreted(*files, chosen=f"triton and ({' or '.join(TESTS)})")

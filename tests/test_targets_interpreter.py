@@ -4,16 +4,14 @@ Triton's interpreter against the reference in fp64; see test_triton_interpreter.
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: nothing to interpret")
 
-from test_triton_interpreter import DTYPES, INTERPRETED, check, logits, run
+from interpreter import INTERPRETED, assert_passes_interpreted
+from test_triton_interpreter import DTYPES, check, logits, run
 
 from kdkernels import checks
 from kdkernels import functional as F
@@ -22,10 +20,7 @@ from kdkernels.divergences import Choices, Numbers
 if not INTERPRETED:
 
     def test_in_a_process_with_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+        assert_passes_interpreted(__file__)
 
 
 LABELLED = {
@@ -182,7 +177,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("form", LABELLED)
     def test_target_out_of_range(self, form, tiles, monkeypatch):
         """As on a device, where labels are not read before the kernel does."""
-        monkeypatch.setattr(checks, "_readable", lambda tensor: False)
+        monkeypatch.setattr(checks, "readable", lambda tensor: False)
         student, teacher = logits(4, 37)
         student.requires_grad_()
         given = {"reduction": "none", "backend": "triton"}

@@ -7,20 +7,18 @@ the path of a long one. Races, alignment and rounding of real hardware are beyon
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: nothing to interpret")
 
-from kdkernels import checks, ops
+from interpreter import INTERPRETED, assert_passes_interpreted
+
+from kdkernels import checks
 from kdkernels import functional as F
 from kdkernels.divergences import DIVERGENCES, Choices, Numbers
 
-INTERPRETED = ops.triton_interpreted()
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Of the loss (relative) and of gradients (relative L2). Those in 16 bits are rounded twice, saved
 # and scaled, and the interpreter truncates to bf16 where hardware rounds.
@@ -30,19 +28,7 @@ GRADIENT = {torch.float64: 1e-11, torch.bfloat16: 1e-2, torch.float16: 7e-4}
 if not INTERPRETED:
 
     def test_in_a_process_with_the_interpreter():
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--disable-warnings",
-            __file__,
-        ]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
+        assert_passes_interpreted(__file__)
 
 
 def logits(*shape, dtype=torch.float32, noise=1.0, seed=0):
@@ -257,7 +243,7 @@ class TestInterpreted:
     @pytest.mark.parametrize("label", [-1, 37, 2**40])
     def test_label_out_of_range(self, label, tiles, monkeypatch):
         """As on a device, where labels are not read before the kernel does."""
-        monkeypatch.setattr(checks, "_readable", lambda tensor: False)
+        monkeypatch.setattr(checks, "readable", lambda tensor: False)
         student, teacher = logits(3, 37)
         rows = F.kd_loss(student, teacher, torch.tensor([1, label, 2]), reduction="none",
                          backend="triton")  # fmt: skip
