@@ -7,6 +7,7 @@ compiled extensions only add kernels to them. What could not be loaded, and why,
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -59,6 +60,14 @@ def triton_verdict(family: str, device_type: str) -> tuple[bool, str]:
     if device_type == "cpu" and triton_interpreted():
         return True, "triton's interpreter"
     return False, f"runs on cuda tensors, got {device_type} tensors"
+
+
+@torch.compiler.assume_constant_result  # imports are not for tracing
+def register_triton(*modules: str) -> bool:
+    """Import modules of ``kdkernels.triton``, which register their operators."""
+    for module in modules:
+        importlib.import_module(f"kdkernels.triton.{module}")
+    return True
 
 
 # These define the schemas that the binaries implement.

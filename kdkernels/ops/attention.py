@@ -9,13 +9,12 @@ weights. Or rows attend to rows (see ``csrc/kd/row_attention.h``).
 
 from __future__ import annotations
 
-import importlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdkernels.ops import NAMESPACE
+from kdkernels.ops import NAMESPACE, register_triton
 from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms
 
 # What a backward is asked for; the last are the coefficients, or the weights of row attention.
@@ -128,13 +127,6 @@ def _operators(suffix: str) -> dict:
 _compiled, _triton = _operators(""), _operators("_triton")
 
 
-@torch.compiler.assume_constant_result  # imports are not for tracing
-def _register_triton() -> bool:
-    for module in ("attention", "attention_weights", "row_attention"):
-        importlib.import_module(f"kdkernels.triton.{module}")
-    return True
-
-
 class Call(NamedTuple):
     """What both forms are given besides tensors."""
 
@@ -224,7 +216,7 @@ def _recorded(call: Call, tensors) -> bool:
     """Whether a gradient is needed; raises where there can be none."""
     refuse_transforms(call.name, tensors)
     if call.backend == "triton":
-        _register_triton()
+        register_triton("attention", "attention_weights", "row_attention")
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -7,14 +7,13 @@ are an operator among matrix products, which are torch's.
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdkernels.ops import NAMESPACE
+from kdkernels.ops import NAMESPACE, register_triton
 from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, scaled
 from kdkernels.ops.rowwise import (
     GRAD_ROWS,
@@ -137,12 +136,6 @@ _ops = torch.ops.kdkernels
 _dist_compiled, _dist_triton = _ops.dist.default, _ops.dist_triton.default
 
 
-@torch.compiler.assume_constant_result  # imports are not for tracing
-def _register_triton() -> bool:
-    importlib.import_module("kdkernels.triton.batchwise")
-    return True
-
-
 def _needs_gradient(student: Tensor, teacher: Tensor, temperature: Tensor | None = None) -> bool:
     return torch.is_grad_enabled() and (
         student.requires_grad
@@ -199,7 +192,7 @@ def dist(
     """DIST of validated logits (..., C); ``mask`` (N,) and ``temperature`` (1,) may be None."""
     refuse_transforms("dist_loss", (student, teacher, temperature))
     if backend == "triton":
-        _register_triton()
+        register_triton("batchwise")
     operator = _dist_triton if backend == "triton" else _dist_compiled
     # As an operator's argument, a named tuple takes torch 0.5 us longer than a plain one.
     numbers, choices = tuple(numbers), tuple(choices)
@@ -303,7 +296,7 @@ def mlkd(
     """MLKD of validated logits (..., C); ``mask`` (N,) may be None."""
     refuse_transforms("mlkd_loss", (student, teacher))
     if backend == "triton":
-        _register_triton()
+        register_triton("batchwise")
     if _needs_gradient(student, teacher):
         return _MLKD.apply(student, teacher, mask, (backend, temperatures, relations))
     return _mlkd(backend, student, teacher, mask, temperatures, relations, (False, False))[0]

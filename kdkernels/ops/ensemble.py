@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import torch
 
 from kdkernels.divergences import REDUCTIONS, Choices, Numbers
-from kdkernels.ops import NAMESPACE
+from kdkernels.ops import NAMESPACE, register_triton
 from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, row_gradients, scaled
 from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER
 
@@ -52,16 +51,10 @@ torch.library.register_fake(f"{NAMESPACE}::ensemble", _fake)
 torch.library.register_fake(f"{NAMESPACE}::ensemble_triton", _fake)
 
 
-@torch.compiler.assume_constant_result  # imports are not for tracing
-def _register_triton() -> bool:
-    importlib.import_module("kdkernels.triton.ensemble")
-    return True
-
-
 def _operator(backend: str):
     if backend != "triton":
         return torch.ops.kdkernels.ensemble.default
-    _register_triton()
+    register_triton("ensemble")
     return torch.ops.kdkernels.ensemble_triton.default
 
 

@@ -18,13 +18,12 @@ makes them 1e6 times smaller), so it is kept in fp32 and rounded in backward.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from kdkernels.ops import NAMESPACE
+from kdkernels.ops import NAMESPACE, register_triton
 from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, scaled
 
 
@@ -101,12 +100,6 @@ def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     dense = grad.movedim(1, -1) if channels_last else grad
     result = scaled(dense.view(grad.shape[0], -1), upstream, None).view(dense.shape)
     return result.movedim(-1, 1) if channels_last else result
-
-
-@torch.compiler.assume_constant_result  # imports are not for tracing
-def register_triton(family: str) -> bool:
-    importlib.import_module(f"kdkernels.triton.{family}")
-    return True
 
 
 def call(

@@ -7,13 +7,12 @@ gradient asked for, so that the backward has only to scale.
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import torch
 
 from kdkernels.divergences import REDUCTIONS, Choices, Numbers
-from kdkernels.ops import NAMESPACE
+from kdkernels.ops import NAMESPACE, register_triton
 from kdkernels.ops.autograd import (
     refuse_higher_order,
     refuse_transforms,
@@ -84,16 +83,10 @@ _compiled = (_ops.rowwise.default, _ops.rowwise_inplace.default)
 _triton = (_ops.rowwise_triton.default, _ops.rowwise_triton_inplace.default)
 
 
-@torch.compiler.assume_constant_result  # imports are not for tracing
-def _register_triton() -> bool:
-    importlib.import_module("kdkernels.triton.rowwise")
-    return True
-
-
 def _operator(backend: str, inplace: bool):
     if backend != "triton":
         return _compiled[int(inplace)]  # torch 2.10's Dynamo knows no bool as an index
-    _register_triton()
+    register_triton("rowwise")
     return _triton[int(inplace)]
 
 

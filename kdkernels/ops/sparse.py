@@ -7,13 +7,12 @@ the backward has only to scale.
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import torch
 
 from kdkernels.divergences import REDUCTIONS, TopKChoices, TopKNumbers
-from kdkernels.ops import NAMESPACE
+from kdkernels.ops import NAMESPACE, register_triton
 from kdkernels.ops.autograd import refuse_higher_order, refuse_transforms, row_gradients, scaled
 from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER, compute_dtype
 
@@ -48,16 +47,10 @@ torch.library.register_fake(f"{NAMESPACE}::sparse", _fake)
 torch.library.register_fake(f"{NAMESPACE}::sparse_triton", _fake)
 
 
-@torch.compiler.assume_constant_result  # imports are not for tracing
-def _register_triton() -> bool:
-    importlib.import_module("kdkernels.triton.sparse")
-    return True
-
-
 def _operator(backend: str):
     if backend != "triton":
         return torch.ops.kdkernels.sparse.default
-    _register_triton()
+    register_triton("sparse")
     return torch.ops.kdkernels.sparse_triton.default
 
 
