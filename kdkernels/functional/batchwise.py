@@ -79,6 +79,9 @@ def dist_loss(
     gradient is the formula's, ``b / 1e-8`` along the other side's ``b``, unless that is constant
     too: then it is 0.
 
+    On a CPU both sides' probabilities of up to 2^20 logits are kept for the time of the call: twice
+    the logits, in the type that is accumulated in. Of more, and on a GPU, they are computed again.
+
     compat:
         ``"paper"`` (also ``"image_classification_sota"``, ``"mmrazor"``): as above.
         ``"torchdistill"``: norms below 1e-8 are raised to it, and nothing is added.

@@ -3,11 +3,11 @@
 
 Bit for bit what the ``cpu`` backend computes on the same values, except where torch rounds once
 more: the gradients to scalar temperatures and to fp16 logits; and where matrix products around a
-kernel are NumPy's here (relations of maps). Arrays are float64, float32 or
-float16, of any strides; logits are ``(..., C)`` and the leading dimensions rows. Every function
-returns the loss and a named tuple of its gradients (of the sum, for ``reduction="none"``), the
-logits' in their dtype and the others in float64. With ``teacher_temperature=None``, the student's
-is used, and the gradient to it is the sum of ``temperature`` and ``teacher_temperature`` there.
+kernel are NumPy's here (relations of maps). Arrays are float64, float32 or float16, of any strides;
+logits are ``(..., C)`` and the leading dimensions rows. Every function returns the loss and a named
+tuple of its gradients (of the sum, for ``reduction="none"``), the logits' in their dtype and the
+others in float64. With ``teacher_temperature=None``, the student's is used, and the gradient to it
+is the sum of ``temperature`` and ``teacher_temperature`` there.
 
 ``**rows`` are the keyword arguments that the losses over rows share: ``temperature``,
 ``teacher_temperature``, ``scale``, ``reduction``, ``mask``, ``ignore_index`` and ``row_weight``, as
