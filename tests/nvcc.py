@@ -13,7 +13,6 @@ from pathlib import Path
 from compiling import cached, run, tool
 
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xptxas", "-v", "-Werror", "all-warnings"]
-TARGETS = ["sm_80", "sm_90", "sm_100"]
 
 # Of a multiprocessor, alike on all targets. Registers are handed to warps in units of 256.
 REGISTERS, REGISTER_UNIT, WARPS, BLOCKS = 65536, 256, 64, 32
