@@ -281,11 +281,11 @@ def tables(result: dict) -> str:
                 Contender("kdkernels", backend=backend, cached=True, method=method).name
                 for backend in ("reference", "auto")
             ]
-            if pair[0] in rounds[0]:
-                both = [[turn[name] for turn in rounds] for name in pair]
+            if with_both := [turn for turn in rounds if pair[0] in turn]:
+                both = [[turn[name] for turn in with_both] for name in pair]
                 lines += row([
                     method, *(f"{middle(runs, 'samples_per_second'):.0f}" for runs in both),
-                    ratios(rounds, *pair),
+                    ratios(with_both, *pair),
                     *(f"{100 * middle(runs, 'loss_share'):.2f}" for runs in both),
                     *(f"{middle(runs, 'loss_ms'):.2f}" for runs in both),
                 ])  # fmt: skip
