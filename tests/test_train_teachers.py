@@ -6,10 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning_fabric import Fabric
+from torch import nn
 
 from kdkernels.train.data import Batch
 from kdkernels.train.models import build_model
-from kdkernels.train.teachers import Teachers
+from kdkernels.train.teachers import Teachers, folded
 
 SHAPE = (8, 8, 1)
 
@@ -34,3 +35,33 @@ def test_teachers_answer_in_the_order_asked_for(networks, precision):
         assert not out.logits.requires_grad and not network.training
     assert convnet.features["stages.0"].shape == (5, 4, 8, 8) and not mlp.features
     assert not any(parameter.requires_grad for parameter in teachers.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "ResNet50", "wrn10-1", "vgg8", "MobileNetV2", "ShuffleV2"]
+)
+def test_batch_normalisation_is_folded_but_for_what_is_tapped(name):
+    torch.manual_seed(0)
+    network = build_model(name, (32, 32, 3), 10)
+    images = torch.randn(4, 3, 32, 32)
+    network(images)  # running statistics of its own
+    network.double().eval()
+    norms = [path for path, module in network.named_modules() if type(module) is nn.BatchNorm2d]
+    with torch.no_grad():
+        faster = folded(network, [norms[0]])
+        kept = [path for path, module in faster.named_modules() if type(module) is nn.BatchNorm2d]
+        assert len(kept) < len(norms)
+        assert norms[0] in kept
+        torch.testing.assert_close(faster(images.double()), network(images.double()))
+    assert len(norms) == sum(type(module) is nn.BatchNorm2d for module in network.modules())
+
+
+def test_what_has_no_batch_normalisation_is_not_copied():
+    network = build_model("mlp8", SHAPE, 10)
+    assert folded(network) is network
+
+
+def test_only_neighbours_are_folded():
+    act = nn.ReLU()
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), act, nn.Conv2d(2, 2, 3), act, nn.BatchNorm2d(2))
+    assert folded(network.eval()) is network
