@@ -205,6 +205,12 @@ def test_charts_leave_out_what_has_no_place():
     Chart([], x="epoch", y="loss", log=True).line([], "s0", "nothing")
 
 
+def test_ticks_have_the_digits_that_tell_them_apart():
+    chart = Chart([(1, 4.3605), (2, 4.3635)], x="epoch", y="entropy")
+    ticks = re.findall(r'class="tick end"[^>]*>([^<]*)<', chart.svg())
+    assert len(ticks) > 2 and len(set(ticks)) == len(ticks)
+
+
 def test_lines_of_different_lengths_have_a_mean_where_there_are_values():
     mean, between = mean_and_range([[(1, 2.0), (2, 4.0)], [(1, 4.0)]])
     assert mean == [(1, 3.0), (2, 4.0)] and between == [(1, 2.0, 4.0), (2, 4.0, 4.0)]

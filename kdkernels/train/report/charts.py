@@ -125,11 +125,12 @@ class Chart:
 
     def _axes(self, x: str, y: str, ticks: str) -> None:
         base, right = self.height - BOTTOM, self.width - RIGHT
-        for tick in self._y_ticks():
+        ticks_of_y = self._y_ticks()
+        for tick, text in zip(ticks_of_y, _texts(ticks_of_y), strict=True):
             at = self._y(tick)
             self.parts.append(
                 f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>'
-                f'<text class="tick end" x="{LEFT - 6}" y="{at + 3.5:.1f}">{_text(tick)}</text>'
+                f'<text class="tick end" x="{LEFT - 6}" y="{at + 3.5:.1f}">{text}</text>'
             )
         numbers = [] if ticks == "none" else _ticks(self.x_low, self.x_high, ticks == "whole")
         for tick in numbers:
@@ -177,6 +178,15 @@ def strip(values: Sequence[float], low: float, high: float, style: str, name: st
 
 def _text(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _texts(ticks: Sequence[float]) -> list[str]:
+    """As many digits as tell them apart."""
+    for digits in range(4, 16):
+        texts = [_text(tick) if digits == 4 else f"{tick:.{digits}g}" for tick in ticks]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def _ticks(low: float, high: float, whole: bool) -> list[float]:

@@ -80,6 +80,12 @@ def shown(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def short(value: object) -> str:
+    """The same, of long ones the end."""
+    text = shown(value)
+    return text if len(text) <= 24 else f"…{text[-23:]}"
+
+
 def image(pixels: np.ndarray, alt: str) -> str:
     """An image (H, W, C) uint8, inline."""
     channels = pixels.shape[-1]

@@ -112,7 +112,7 @@ def options(runs: Sequence[Run]) -> str:
         return ""
     found = differences(configured)
     rows = [
-        (f"<code>{escape(key)}</code>", *(escape(html.shown(value)) for value in values))
+        (f"<code>{escape(key)}</code>", *(escape(html.short(value)) for value in values))
         for key, values in found.items()
     ]
     note = "All other options are the same in all runs." if rows else "There are none."

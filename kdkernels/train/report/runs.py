@@ -13,6 +13,7 @@ from kdkernels.train import checkpoint, predictions
 from kdkernels.train.errors import InputError
 from kdkernels.train.metrics import summarise
 from kdkernels.train.predictions import Predictions
+from kdkernels.train.report.html import short
 
 
 @dataclass
@@ -147,7 +148,7 @@ def _label(runs: list[Run]) -> None:
     for run in runs:
         same = [other for other in runs if _method(other) == _method(run)]
         differing = [key for key in differences(same) if key in run.config and key != "seed"]
-        own = [f"{key} {_short(run.config[key])}" for key in differing]
+        own = [f"{key} {short(run.config[key])}" for key in differing]
         run.label = f"{_method(run)} ({', '.join(own)})" if 0 < len(own) < 3 else _method(run)
     labels = [run.label for run in runs]
     for run in runs:
@@ -157,8 +158,3 @@ def _label(runs: list[Run]) -> None:
 
 def _method(run: Run) -> str:
     return run.config.get("method", run.folder.name)
-
-
-def _short(value: Any) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 24 else f"…{text[-23:]}"
