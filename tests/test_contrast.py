@@ -159,6 +159,18 @@ def test_negatives_repeat_evenly_where_there_are_too_few():
         kd.sample_negatives(torch.zeros(4, dtype=torch.int64), torch.tensor([0]), 2)
 
 
+@pytest.mark.parametrize("count", [1, 20, 49, 130])
+def test_negatives_are_the_same_in_a_trace(monkeypatch, count):
+    """On CPUs they are read row by row; where that cannot be traced, they are searched for."""
+    labels, index = torch.arange(50) % 3, torch.arange(0, 50, 7)
+    draws = []
+    for traced in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda traced=traced: traced)
+        generator = torch.Generator().manual_seed(count)
+        draws.append(kd.sample_negatives(labels, index, count, generator=generator))
+    assert torch.equal(*draws)
+
+
 def test_generator_makes_negatives_reproducible():
     labels, index = torch.arange(100) % 7, torch.arange(9)
     seeded = [

@@ -191,10 +191,31 @@ def sample_negatives(
     begins = torch.searchsorted(classes, classes)
     keys = begins * (n + 1) + place - (number - begins)
     start = torch.rand(len(index), generator=generator, device=device, dtype=torch.float64)
+    start = (start * others).long()
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        begin = start + torch.searchsorted(keys, start + first * (n + 1), right=True) - first
+        return _walk(shuffle, labels[shuffle], own, begin, others, num_negatives)
     walk = torch.arange(num_negatives, device=device)
-    j = ((start * others).long().unsqueeze(1) + walk) % others.unsqueeze(1)
+    j = (start.unsqueeze(1) + walk) % others.unsqueeze(1)
     sought = j + (first * (n + 1)).unsqueeze(1)
     return shuffle[j + torch.searchsorted(keys, sought, right=True) - first.unsqueeze(1)]
+
+
+def _walk(shuffle, classes, own, begin, others, count) -> Tensor:
+    """From each of the places ``begin`` on, round and round, ``count`` samples not of class own.
+
+    A row at a time reads a window in order: several times as fast as a search for every sample.
+    """
+    n, drawn = len(shuffle), shuffle.new_empty(len(own), count)
+    shuffle, classes = torch.cat([shuffle, shuffle]), torch.cat([classes, classes])
+    places = zip(drawn, own.tolist(), begin.tolist(), others.tolist(), strict=True)
+    for row, kind, place, other in places:
+        window = slice(place, place + min(count + n - other, n))
+        found = shuffle[window].masked_select(classes[window] != kind)[:count]
+        if len(found) < count:
+            found = found.repeat(-(-count // len(found)))[:count]
+        row.copy_(found)
+    return drawn
 
 
 def _temperature(name, temperature) -> float:
