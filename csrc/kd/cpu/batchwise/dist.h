@@ -245,12 +245,14 @@ void emit_row(const DistParams& p, int64_t i) {
       const DistSide<S> own = sides[side];
       const S *p_own = probabilities[side], *p_other = probabilities[1 - side];
       S* to = g[side];
+      const bool half = p.row_factor;
       V dot{}, high{};
       sweep<V>(n, [&](int k, auto w) {
         const V a = read<V>(p_own + k, w, S(0));
         const V d = own.gradient(first + k, w, a, read<V>(p_other + k, w, S(0)));
         write<V>(to + k, w, d);
-        dot += a * d, high = at_least(magnitude(d), high);
+        dot += a * d;
+        if (half) high = at_least(magnitude(d), high);
       });
       sides[side].dot += sum(dot);
       if (largest(high) > sides[side].largest_g) sides[side].largest_g = largest(high);
