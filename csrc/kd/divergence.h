@@ -10,7 +10,7 @@
 // student and the other the teacher; a kernel may exchange them and use the `Swapped` divergence,
 // so as to have q <= p.
 //
-// To add one: a struct here, its Kind in rowwise.h, its line in KD_DIVERGENCES.
+// To add one: a struct here, its Kind and its place in KD_DIVERGENCES in rowwise.h.
 
 template <class V, class M>
 struct Sides {
@@ -168,9 +168,3 @@ struct TeacherEntropy : Unchanged {
     return {value, value, c.gap};
   }
 };
-
-// Kind and struct; renyi is a function of ab's sum (alpha, 1 - alpha).
-#define KD_DIVERGENCES(X)                                                                \
-  X(forward_kl, ForwardKL) X(reverse_kl, ReverseKL) X(js, JS) X(tv, TV)                  \
-  X(skew_forward, SkewForward) X(skew_reverse, SkewReverse) X(jeffreys, Jeffreys)        \
-  X(ab, AB) X(renyi, AB) X(cross_entropy, CrossEntropy)

@@ -11,6 +11,12 @@ enum class Kind : int64_t {
   count
 };
 
+// Kinds and their structs in divergence.h; renyi is a function of ab's sum (alpha, 1 - alpha).
+#define KD_DIVERGENCES(X)                                                                \
+  X(forward_kl, ForwardKL) X(reverse_kl, ReverseKL) X(js, JS) X(tv, TV)                  \
+  X(skew_forward, SkewForward) X(skew_reverse, SkewReverse) X(jeffreys, Jeffreys)        \
+  X(ab, AB) X(renyi, AB) X(cross_entropy, CrossEntropy)
+
 // What a loss does with the row's target class, in the order of TARGETS in kdkernels/divergences.py.
 enum class Target : int64_t {
   ordinary,   // nothing
@@ -49,9 +55,14 @@ struct RowwiseParams : RowLoss, RowwiseNumbers, RowwiseChoices {
   bool parts = false;
 };
 
+// Without its weight the divergence is not looked at, whatever the teacher holds.
+KD_ANYWHERE static inline bool looks_at_teacher(const RowwiseParams& p) {
+  return p.kd_weight != 0 || p.target_weight != 0;
+}
+
 constexpr double half_boost = 256;  // HALF_BOOST in kdkernels/ops/rowwise.py
 // The same for a row of gradients up to `largest`: a smaller power of two where that may overflow.
-static inline double half_boost_for(double largest) {
+KD_ANYWHERE static inline double half_boost_for(double largest) {
   double boost = half_boost;
   while (boost * largest > 32768 && boost > 1e-30) boost /= 2;
   return boost;

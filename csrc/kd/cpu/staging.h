@@ -6,9 +6,6 @@
 
 constexpr int block = 1024;  // elements; a few such buffers stay in L1
 
-KD_FN int64_t row_offset(const Rows& rows, int64_t r) {
-  return (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride;
-}
 template <class S>
 constexpr DType dtype_of = sizeof(S) == 4 ? DType::float32 : DType::float64;
 
@@ -32,6 +29,10 @@ struct RowReader {
         break;
     }
     return scratch;
+  }
+  S at(int64_t i) const {
+    S z;
+    return *get(i, 1, &z);
   }
   template <class T>
   static void convert(const T* p, int64_t stride, int n, S* out) {
@@ -92,9 +93,3 @@ struct RowWriter {
     }
   }
 };
-
-KD_FN double get(const RowScalar& s, int64_t row) {
-  if (!s.data) return s.value;
-  return s.is_double ? ((const double*)s.data)[row * s.stride]
-                     : ((const float*)s.data)[row * s.stride];
-}

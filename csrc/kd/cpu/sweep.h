@@ -2,10 +2,6 @@
 // Sweeps over the classes of a row, vector by vector and block by block. Included inside an ISA
 // level's namespace, after simd.h and staging.h.
 
-// -inf as a number: its exp is 0. Rows with fp32 numbers below theirs are for the double path.
-template <class S> constexpr S floor_of = sizeof(S) == 4 ? S(-1e30) : S(-1e300);
-constexpr double beyond = 1e300;  // a sum that has overflowed, or would
-
 struct Whole {};
 struct Part { int n; };
 template <class V, class Body>

@@ -93,7 +93,7 @@ inline bool at_once(Ensemble<float>& e, const CrossEntropyRow<float>& ce) {
           next_row(grad, out, e.p.grad_student));
   if (mixture && !mix(e, grad, r.exp_t, out)) return false;
   if (!to_s.wanted()) return true;
-  if (ce.wanted) ce.emit(0, n, r.student.get(0, n), grad);
+  if (ce.wanted) add_gradient(ce, 0, n, r.student.get(0, n), grad);
   to_s.flush(0, n, grad);
   return true;
 }

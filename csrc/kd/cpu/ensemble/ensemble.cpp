@@ -25,7 +25,9 @@ namespace KD_ISA {
 #include "../staging.h"
 #include "../sweep.h"
 #include "../../divergence.h"
-#include "../rowwise/row.h"
+#include "../rowwise/side.h"
+#include "../../rowwise/row.h"
+#include "../../rowwise/cross_entropy.h"
 #include "../rowwise/cross_entropy.h"
 #include "teachers.h"
 #include "terms.h"
@@ -117,7 +119,7 @@ inline void clear_row(const EnsembleParams& p, int64_t i, bool counts) {
 
 template <class S>
 bool try_row(const EnsembleParams& p, int64_t i, char* scratch) {
-  Row<S> r(p, i);
+  Row<S> r(p, i, p.factor);
   r.temper(get(p.tau_s, i), get(p.tau_t, i));
   S* exps = (S*)scratch;
   Teacher<S>* teachers = (Teacher<S>*)(exps + 3 * block * p.count);

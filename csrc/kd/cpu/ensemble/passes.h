@@ -101,7 +101,7 @@ struct Ensemble {
       sweep<V>(n, [&](int i, auto w) {
         write<V>(grad + i, w, read<V>(gap + i, w, S(0)) * factor);
       });
-      if (ce.wanted) ce.emit(first, n, s, grad);
+      if (ce.wanted) add_gradient(ce, first, n, s, grad);
       to_s.flush(first, n, grad);
     });
   }

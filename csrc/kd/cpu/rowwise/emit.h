@@ -1,12 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The third step: the gradients of a row.
 
-// What the gradients are multiplied by, per du of either side; and, of standardised rows, what
-// their deviation takes away per distance from the mean.
-struct Scaling {
-  double student, teacher, spread_s = 0, spread_t = 0;
-};
-
 // Classes that the divergence does not see: the student's have their cross-entropy.
 template <class S>
 void emit_outside(const CrossEntropyRow<S>& ce, const RowWriter<S>& to_s,
@@ -17,7 +11,7 @@ void emit_outside(const CrossEntropyRow<S>& ce, const RowWriter<S>& to_s,
   for_blocks(to_s.wanted() ? end - begin : 0, [&](int64_t first, int n) {
     S* grad = to_s.at(begin + first, out);
     __builtin_memset(grad, 0, n * sizeof(S));
-    if (ce.wanted) ce.emit(begin + first, n, ce.student.get(begin + first, n, buffer), grad);
+    if (ce.wanted) add_gradient(ce, begin + first, n, ce.student.get(begin + first, n, buffer), grad);
     to_s.flush(begin + first, n, grad);
   });
   for_blocks(to_t.wanted() ? end_t - begin_t : 0, [&](int64_t first, int n) {
@@ -27,23 +21,7 @@ void emit_outside(const CrossEntropyRow<S>& ce, const RowWriter<S>& to_s,
   });
 }
 
-// What the sweep could not say of the target.
-template <class S>
-void emit_target(const Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling, S& grad_s,
-                 S& grad_t) {
-  if (r.p.target == Target::tempered && r.p.grad_teacher.data) grad_t *= S(r.teacher_ratio);
-  if (!r.target_hidden()) return;
-  const auto own = [](const Side<S>& side, S z, double du, double factor, double spread) {
-    return S(du * factor - (z > floor_of<S> ? (z - side.mean) * spread : 0));
-  };
-  const S z_s = r.student.at(r.target), z_t = r.teacher.at(r.target);
-  grad_s = own(r.student, z_s, r.shift_s, scaling.student, scaling.spread_s);
-  grad_t = own(r.teacher, z_t, r.shift_t, scaling.teacher, scaling.spread_t);
-  if (ce.wanted) grad_s += ce.missing(z_s);
-}
-
-// `alone`: of the student's gradient alone, with the loss and, of a standardised row, which is then
-// of one block, the slope that its deviation has.
+// `alone`: of a standardised row, which is then of one block, with the slope that its deviation has.
 template <class C, bool alone, class S>
 void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   using V = typename VectorOf<S>::V;
@@ -100,7 +78,7 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
     if (r.target >= first && r.target < first + n)
       emit_target(r, ce, scaling, grad_s[r.target - first], grad_t[r.target - first]);
     if (to_s.wanted()) {
-      if (ce.wanted) ce.emit(p.first + first, n, s, grad_s);
+      if (ce.wanted) add_gradient(ce, p.first + first, n, s, grad_s);
       to_s.flush(p.first + first, n, grad_s);
     }
     if (to_t.wanted()) to_t.flush(p.teacher_first + first, n, grad_t);

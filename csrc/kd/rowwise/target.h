@@ -11,7 +11,7 @@ struct Decoupled {
 };
 
 // x: log-odds of either side; d: x_t - x_s, where these are finite.
-inline Decoupled decoupled(double x_s, double x_t, double d) {
+static KD_ROW Decoupled decoupled(double x_s, double x_t, double d) {
   const auto sigmoid = [](double x) {
     const double e = __builtin_exp(-__builtin_fabs(x));
     return (x < 0 ? e : 1) / (1 + e);
@@ -40,7 +40,7 @@ inline Decoupled decoupled(double x_s, double x_t, double d) {
 
 // Hides the target from the sweeps, or gives it the temperature it has.
 template <class S>
-void place_target(Row<S>& r, double tau_t) {
+KD_ROW void place_target(Row<S>& r, double tau_t) {
   const RowwiseParams& p = r.p;
   if (!r.target_known()) return;
   if (p.target == Target::decoupled || p.target == Target::separate) {
@@ -55,7 +55,7 @@ void place_target(Row<S>& r, double tau_t) {
 
 // The normaliser at temperature 1 of a row that was measured with its target hidden or not.
 template <class S>
-Normaliser<S> with_target(const Row<S>& r, const Side<S>& side, S max, double plain) {
+KD_ROW Normaliser<S> with_target(const Row<S>& r, const Side<S>& side, S max, double plain) {
   if (side.patched < 0 || r.p.target == Target::tempered) return {max, plain};
   const double z = side.at(side.patched);
   if (z != z) return {S(z), z};
@@ -67,7 +67,7 @@ Normaliser<S> with_target(const Row<S>& r, const Side<S>& side, S max, double pl
 
 // The log-odds of the target against the others, of which the row was measured.
 template <class S>
-Decoupled decoupled_of(Row<S>& r, bool others_s, bool others_t) {
+KD_ROW Decoupled decoupled_of(Row<S>& r, bool others_s, bool others_t) {
   const double z_s = r.student.at(r.target), z_t = r.teacher.at(r.target);
   const double infinity = __builtin_inf();
   const auto odds = [&](double z, bool others, double max, double inverse, double sum) {
@@ -91,10 +91,25 @@ Decoupled decoupled_of(Row<S>& r, bool others_s, bool others_t) {
 
 // The teacher's temperature does not move a target that has its own.
 template <class S>
-void temper_slope(Row<S>& r) {
+KD_ROW void temper_slope(Row<S>& r) {
   const double s = r.student.at(r.target), t = r.teacher.patch;
   if (!(t > floor_of<S>) || r.slope_t == 0) return;
   const double q = __builtin_exp((t - r.k.max_t) * r.k.inv_tt) / r.sum_t;
   const double log_p = (s - r.k.max_s) * r.k.inv_ts - __builtin_log(r.sum_s);
   r.slope_t -= r.share * q * (-log_p - r.centre_t) * t;
+}
+
+// What the gradients' sweep could not say of the target.
+template <class S>
+KD_ROW void emit_target(const Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling, S& grad_s,
+                 S& grad_t) {
+  if (r.p.target == Target::tempered && r.p.grad_teacher.data) grad_t *= S(r.teacher_ratio);
+  if (!r.target_hidden()) return;
+  const auto own = [](const Side<S>& side, S z, double du, double factor, double spread) {
+    return S(du * factor - (z > floor_of<S> ? (z - side.mean) * spread : 0));
+  };
+  const S z_s = r.student.at(r.target), z_t = r.teacher.at(r.target);
+  grad_s = own(r.student, z_s, r.shift_s, scaling.student, scaling.spread_s);
+  grad_t = own(r.teacher, z_t, r.shift_t, scaling.teacher, scaling.spread_t);
+  if (ce.wanted) grad_s += ce.missing(z_s);
 }

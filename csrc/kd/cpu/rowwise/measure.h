@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The first step of a row: its maxima and sums.
+
+template <int plain, class S>
+void measure_with(Row<S>& r) {
+  using V = typename VectorOf<S>::V;
+  r.k.max_s = r.k.max_t = floor_of<S>;
+  r.lowest = r.highest = 0;
+  r.sum_s = r.sum_t = r.excess = r.plain_s = r.plain_t = 0;
+  for_blocks(r.classes, [&](int64_t first, int n) {
+    const S* s = r.student.get(first, n);
+    const S* t = r.teacher.get(first, n);
+    V high_s = all<V>(r.k.max_s), high_t = all<V>(r.k.max_t);
+    sweep<V>(n, [&](int i, auto w) {
+      high_s = at_least(read<V>(s + i, w, floor_of<S>), high_s);
+      high_t = at_least(read<V>(t + i, w, floor_of<S>), high_t);
+    });
+    const double fall_s = ((double)r.k.max_s - largest(high_s)) * r.k.inv_ts;
+    const double fall_t = ((double)r.k.max_t - largest(high_t)) * r.k.inv_tt;
+    r.k.max_s = largest(high_s), r.k.max_t = largest(high_t);
+    r.k.subtract_first =
+        r.k.inv_ts == r.k.inv_tt && __builtin_fabs((double)r.k.max_t - r.k.max_s) <= 1;
+    if (first > 0 && (fall_s != 0 || fall_t != 0)) {
+      const double shift = fall_t - fall_s, scale = __builtin_exp(fall_s);
+      r.excess = scale * (r.excess * __builtin_exp(shift) + r.sum_s * __builtin_expm1(shift));
+      r.sum_s *= scale, r.sum_t *= __builtin_exp(fall_t);
+      r.plain_s *= __builtin_exp(fall_s / r.k.inv_ts);
+      r.plain_t *= __builtin_exp(fall_t / r.k.inv_tt);
+      r.lowest += (S)shift, r.highest += (S)shift;
+    }
+    const Scalars<S> k = r.k;
+    V sum_s{}, sum_t{}, excess{}, plain_s{}, plain_t{}, low = all<V>(r.lowest),
+        high = all<V>(r.highest);
+    sweep<V>(n, [&](int i, auto w) {
+      const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
+      const V d = log_ratio(k, zs, zt);
+      const V exp_s = exp_at_rate(zs - k.max_s, k.rate_s);
+      const V exp_t = exp_at_rate(zt - k.max_t, k.rate_t);
+      low = at_most(d, low), high = at_least(d, high);
+      write<V>(r.exp_s + i, w, exp_s), write<V>(r.exp_t + i, w, exp_t);
+      sum_s += exp_s;
+      if constexpr (plain >= 1) plain_s += exp_at_rate(zs - k.max_s, exp_rate<S>(1));
+      if constexpr (plain >= 2) plain_t += exp_at_rate(zt - k.max_t, exp_rate<S>(1));
+      sum_t += exp_t;
+      if constexpr (sizeof(S) == 4)
+        excess +=
+            select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
+    });
+    r.sum_s += sum(sum_s), r.sum_t += sum(sum_t), r.excess += sum(excess);
+    if constexpr (plain >= 1) r.plain_s += sum(plain_s);
+    if constexpr (plain >= 2) r.plain_t += sum(plain_t);
+    r.lowest = -largest(-low), r.highest = largest(high);
+  });
+}
+
+template <class S>
+void measure(Row<S>& r, int plain) {
+  if (plain == 0) return measure_with<0>(r);
+  if (plain == 1) return measure_with<1>(r);
+  measure_with<2>(r);
+}
+
+// exp(u_s) and exp(u_t) of a block; those of a row's only block are still there from `measure`.
+template <class S>
+void exponentials(Row<S>& r, int n, const S* s, const S* t) {
+  if (r.classes <= block) return;
+  using V = typename VectorOf<S>::V;
+  const Scalars<S> k = r.k;
+  sweep<V>(n, [&](int i, auto w) {
+    write<V>(r.exp_s + i, w, exp_at_rate(read_logits<V>(s + i, w) - k.max_s, k.rate_s));
+    write<V>(r.exp_t + i, w, exp_at_rate(read_logits<V>(t + i, w) - k.max_t, k.rate_t));
+  });
+}
