@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rowwise family on a GPU: a call, how it is laid out on the device, and its launch.
+#pragma once
+#include <stddef.h>
+
+#include "../rowwise.h"
+
+namespace kd::cuda {
+
+// Where one way of working on a row gives way to the next, in classes; not by measurements yet.
+struct RowwiseLimits {
+  int64_t warp = 1024;     // up to here a warp has a row, and then a block
+  int64_t direct = 4096;   // up to here a row is read again from where it lies
+  int threads = 192;       // of a block that has a row
+  int warps = 4;           // of a block where each has one
+  int slot_chunks = 1024;  // of 4 classes, that one copy brings
+};
+inline RowwiseLimits limits;
+
+struct RowwiseCall : RowwiseParams {
+  // By the caller. `factor` lacks the number of rows that count, by which it is divided if `counted`.
+  bool counted = false;
+  bool by_row = false;         // `loss` is (N,), not ()
+  void* loss = nullptr;        // as row_grads of double if a side is, else of float
+  uint8_t* inexact = nullptr;  // (N,)
+  double* partial = nullptr;   // (groups + double_groups,)
+  int64_t* count = nullptr;    // (1,)
+  int* finished = nullptr;     // (1,): blocks
+
+  // By plan().
+  int64_t blocks = 0, groups = 0, double_blocks = 0, double_groups = 0;
+  int threads = 0, cluster = 1;
+  bool one_warp = false;
+  int slots = 0, slot_chunks = 0, rank_chunks = 0;  // of a row in shared memory, in each block
+  size_t shared_bytes = 0, double_bytes = 0;
+
+  KD_ANYWHERE bool in_double() const {
+    return student.dtype == DType::float64 || teacher.dtype == DType::float64;
+  }
+};
+
+// Whether there is a kernel for what the call asks; what is rarer is left to Triton: targets, standard
+// rows, windows, and gradients to the teacher and to temperatures.
+bool takes(const RowwiseCall& call);
+void plan(RowwiseCall& call);
+// On `stream`, a cudaStream_t, of the current device: two launches, and in double or where there are
+// many rows to be counted three.
+void rowwise(const RowwiseCall& call, void* stream);
+
+}  // namespace kd::cuda

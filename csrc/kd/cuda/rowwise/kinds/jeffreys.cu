@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define KD_KIND jeffreys
+#include "../rowwise.h"

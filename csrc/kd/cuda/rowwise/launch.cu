@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which calls the kernels take, and how their rows are spread over a device.
+#include "kernel.h"
+
+namespace kd::cuda {
+
+#define KD_DECLARE(name, K) namespace name { void rowwise(const RowwiseCall& p, void* stream); }
+KD_DIVERGENCES(KD_DECLARE)
+#undef KD_DECLARE
+
+namespace {
+
+constexpr int64_t few_rows = 4096;  // that every group may count for itself
+
+KD_KERNEL(most_threads, 1) void prepare(KD_PARAM RowwiseCall p) {
+  SharedMemory memory = shared_memory();
+  Group group(false, 1, memory.take<double>(Group::shared_numbers(most_threads, 1)));
+  double count[1] = {p.count ? count_rows(p, group.index, group.count) : 0};
+  group.all_reduce<1, 0>(count);
+  if (!group.leads()) return;
+  if (p.count) *p.count = (int64_t)count[0];
+  *p.finished = 0;
+}
+
+// A row's slots in each block of a cluster of so many; of 0 chunks none.
+void spread(RowwiseCall& p, int64_t chunks, int cluster) {
+  p.cluster = cluster;
+  p.rank_chunks = (int)((chunks + cluster - 1) / cluster + 3) / 4 * 4;  // 0 of 0
+  p.slot_chunks = p.rank_chunks < limits.slot_chunks ? p.rank_chunks : limits.slot_chunks;
+  p.slots = chunks ? (p.rank_chunks + p.slot_chunks - 1) / p.slot_chunks : 0;
+  SharedMemory memory;
+  memory.take<double>(Group::shared_numbers(p.threads, cluster));
+  SlotMemory(p, memory);
+  p.shared_bytes = memory.bytes();
+}
+
+}  // namespace
+
+bool takes(const RowwiseCall& p) {
+  return p.target == Target::ordinary && !p.standardize && !p.width && !p.parts &&
+         !p.grad_teacher.data;
+}
+
+void plan(RowwiseCall& p) {
+  const Properties& device = properties();
+  const bool packed = p.student.class_stride == 1 && p.teacher.class_stride == 1;
+  p.one_warp = p.classes <= limits.warp;
+  p.threads = p.one_warp ? limits.warps * warp_threads : limits.threads;
+  spread(p, 0, 1);
+  p.double_bytes = p.shared_bytes + 16;  // and whether a block is the last
+  if (device.capability >= 90 && packed && !p.in_double() && !p.one_warp &&
+      p.classes > limits.direct) {
+    // Two blocks a multiprocessor, or as many as it takes.
+    for (int cluster = 1; cluster <= 8; cluster *= 2) {
+      spread(p, (p.classes + 10) / 4, cluster);
+      if (p.shared_bytes <= device.shared_bytes / 2) break;
+    }
+    if (p.shared_bytes > device.shared_bytes) spread(p, 0, 1);
+  }
+  const int64_t groups_a_block = p.one_warp ? p.threads / warp_threads : 1;
+  const int64_t blocks = (p.rows + groups_a_block - 1) / groups_a_block;
+  const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b > 0 ? b : 1; };
+  const int64_t resident = (int64_t)device.multiprocessors * (p.slots ? 2 : 8);
+  p.blocks = at_most(blocks, resident / p.cluster) * p.cluster;
+  p.double_blocks = at_most(blocks, device.multiprocessors * (p.in_double() ? 8 : 2));
+  p.groups = p.blocks / p.cluster * groups_a_block;
+  p.double_groups = p.double_blocks * groups_a_block;
+}
+
+void rowwise(const RowwiseCall& call, void* stream) {
+  RowwiseCall p = call;
+  if (!p.rows) return;
+  if (p.rows <= few_rows || !p.counted) p.count = nullptr;
+  if (p.count || p.in_double()) {
+    SharedMemory memory;
+    memory.take<double>(Group::shared_numbers(most_threads, 1));
+    launch(prepare, {"rowwise, prepare", 1, most_threads, 1, memory.bytes(), stream}, p);
+  }
+  switch (p.kind) {
+#define KD_CASE(name, K) \
+  case Kind::name: return name::rowwise(p, stream);
+    KD_DIVERGENCES(KD_CASE)
+#undef KD_CASE
+    default: break;
+  }
+}
+
+}  // namespace kd::cuda

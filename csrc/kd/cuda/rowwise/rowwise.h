@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// Row-wise softmax divergences, cross-entropy, and their gradients, fused; compiled once for each
+// divergence, KD_KIND. A row is a warp's, a block's, or that of a cluster whose shared memory holds
+// it (slots.h): every logit is read from device memory once and every gradient written once, 6 bytes
+// a class in bf16 and 12 in fp32. Rows of up to some thousand classes are read again from the cache.
+// Strided rows, and those too wide for the largest cluster, are read three times or four: 14 to 18
+// bytes.
+//
+// The steps are the CPU kernel's, and so is what they come to (kd/rowwise): maxima, sums, for some
+// divergences the sums that centre the gradients, the gradients. One kernel takes them in fp32, and a
+// second in double for the rows that this cannot hold; its last block adds up the loss.
+#include "kernel.h"
+
+namespace kd::cuda {
+namespace KD_KIND {
+#include "../scalar.h"
+#include "../../divergence.h"
+
+template <Kind> struct DivergenceOf;
+#define KD_DIVERGENCE_OF(name, K) template <> struct DivergenceOf<Kind::name> { using type = K; };
+KD_DIVERGENCES(KD_DIVERGENCE_OF)
+using Divergence = DivergenceOf<Kind::KD_KIND>::type;
+#define KD_KINDS(X) X(KD_KIND, Divergence)
+
+#include "rows.h"
+#include "side.h"
+#include "../../rowwise/finish.h"
+#include "slots.h"
+#include "sweeps.h"
+#include "cross_entropy.h"
+#include "emit.h"
+
+template <class S>
+KD_DEVICE bool wants_slopes(const Row<S>&) {
+  return false;
+}
+template <class S>
+KD_DEVICE void store_loss(const Row<S>& r, double value) {
+  r.total += value;
+  const auto& p = static_cast<const RowwiseCall&>(r.p);
+  if (p.by_row && r.group.leads()) store_number(p.in_double(), p.loss, r.index, value);
+}
+template <class S>
+KD_DEVICE void store_row_grad(const Row<S>& r, int which, double value) {
+  const auto& p = static_cast<const RowwiseCall&>(r.p);
+  if (r.group.leads()) store_number(p.in_double(), p.row_grads, which * p.rows + r.index, value);
+}
+
+// The call, in which the compiler sees what takes() has asked for.
+KD_DEVICE RowwiseCall known(const RowwiseCall& given) {
+  RowwiseCall p = given;
+  p.kind = Kind::KD_KIND, p.target = Target::ordinary, p.target_weight = 0;
+  p.standardize = 0, p.first = p.width = p.teacher_first = 0, p.parts = false;
+  p.grad_teacher = {};
+  return p;
+}
+
+KD_DEVICE Group group_of(const RowwiseCall& p, int cluster, SharedMemory& memory) {
+  return Group(p.one_warp, cluster, memory.take<double>(Group::shared_numbers(p.threads, cluster)));
+}
+// Among all groups of the grid.
+KD_DEVICE int64_t number_of(const Group& group) {
+  return group.one_warp ? (int64_t)block_index() * group.warps + warp_index()
+                        : block_index() / group.blocks;
+}
+KD_DEVICE double factor_of(const RowwiseCall& p, Group& group) {
+  if (!p.counted) return p.factor;
+  double count[1] = {p.count ? 0 : count_rows(p, group.index, group.count)};
+  if (p.count) count[0] = (double)*p.count;
+  else group.all_reduce<1, 0>(count);
+  return p.factor / (count[0] > 1 ? count[0] : 1);
+}
+
+// The first row that counts, from `row` in steps of `step`; those before it have no gradients.
+KD_DEVICE int64_t skip_rows(const RowwiseCall& p, const Group& group, int64_t row, int64_t step) {
+  for (; row < p.rows && !row_counts(p, p.ignore_index, row); row += step) {
+    const Rows& grad = p.grad_student;
+    const int64_t at = grad.data ? row_offset(grad, row) : 0;
+    if (grad.data)
+      for (int64_t i = group.index; i < p.classes; i += group.count)
+        write_element(grad, at + i * grad.class_stride, 0.f);
+    if (!group.leads()) continue;
+    p.inexact[row] = 0;
+    if (p.by_row) store_number(p.in_double(), p.loss, row, 0);
+    for (int k = 0; p.row_grads && k < 4; k++)
+      store_number(p.in_double(), p.row_grads, k * p.rows + row, 0);
+  }
+  return row;
+}
+
+KD_KERNEL(most_threads, 2) void in_single(KD_PARAM RowwiseCall given) {
+  const RowwiseCall p = known(given);
+  SharedMemory memory = shared_memory();
+  Group group = group_of(p, p.cluster, memory);
+  Slots slots(p, group.rank, memory);
+  const bool staged = p.slots > 0;
+  if (staged) group.sync();  // the barriers are there, and the cluster's other blocks
+  const int64_t own = number_of(group);
+  int64_t row = skip_rows(p, group, own, p.groups);
+  if (staged && row < p.rows)
+    for (int slot = 0; slot < p.slots; slot++) slots.fill(slot, row);
+  const double factor = factor_of(p, group);
+  double total = 0;
+  if (block_index() == 0 && thread_index() == 0) *p.finished = 0;  // for the kernel after this one
+  while (row < p.rows) {
+    slots.next = skip_rows(p, group, row + p.groups, p.groups);
+    Row<float> r(p, row, factor, group, slots, total);
+    const double tau_s = get(p.tau_s, row), tau_t = get(p.tau_t, row);
+    start(r, tau_s, tau_t);
+    const bool exact = is_exact(r, exact_range_of(p), Divergence::zero_teacher);
+    if (exact) finish_row<Exact>(r, tau_s, tau_t);
+    if (group.leads()) p.inexact[row] = !exact;
+    if (staged) slots.end_row();
+    row = slots.next;
+  }
+  if (!p.by_row && group.leads()) p.partial[own] = total;
+}
+
+// Rows that are not marked as inexact have been done.
+KD_KERNEL(most_threads, 1) void in_double(KD_PARAM RowwiseCall given) {
+  RowwiseCall p = known(given);
+  p.slots = p.slot_chunks = 0;
+  SharedMemory memory = shared_memory();
+  Group group = group_of(p, 1, memory);
+  const Shared<int> last = memory.take<int>(1);
+  Slots slots(p, 0, memory);
+  const int64_t own = number_of(group);
+  const double factor = factor_of(p, group);
+  double total = 0;
+  const bool all = p.in_double();
+  for (int64_t row = own; row < p.rows; row += p.double_groups) {
+    if (all) row = skip_rows(p, group, row, p.double_groups);
+    if (row >= p.rows || !(all || p.inexact[row])) continue;
+    Row<double> r(p, row, factor, group, slots, total);
+    const double tau_s = get(p.tau_s, row), tau_t = get(p.tau_t, row);
+    start(r, tau_s, tau_t);
+    finish_row<Robust>(r, tau_s, tau_t);
+  }
+  if (p.by_row) return;
+  if (group.leads()) p.partial[p.groups + own] = total;
+  if (is_last_block(p.finished, last)) add_up(p, factor, group.partial);
+}
+
+void rowwise(const RowwiseCall& p, void* stream) {
+  if (!p.in_double())
+    launch(in_single, {"rowwise", p.blocks, p.threads, p.cluster, p.shared_bytes, stream}, p);
+  launch(in_double, {"rowwise in double", p.double_blocks, p.threads, 1, p.double_bytes, stream}, p);
+}
+
+}  // namespace KD_KIND
+}  // namespace kd::cuda

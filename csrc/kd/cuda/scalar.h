@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// The shared formulas on a GPU, where a thread has one class in hand and not a vector of them.
+// Included inside a kernel's namespace, after device.h.
+#define KD_FN KD_DEVICE
+
+template <class V> struct Lanes;
+template <class S> struct VectorOf { using V = S; };
+
+template <class V, class S>
+KD_FN V all(S x) {
+  return (V)x;
+}
+template <class V>
+KD_FN V select(bool mask, V yes, V no) {
+  return mask ? yes : no;
+}
+template <class V>
+KD_FN V at_least(V x, V low) {
+  return low > x ? low : x;
+}
+template <class V>
+KD_FN V at_most(V x, V high) {
+  return high < x ? high : x;
+}
+KD_FN float magnitude(float x) { return __builtin_fabsf(x); }
+KD_FN double magnitude(double x) { return __builtin_fabs(x); }
+
+KD_FN int32_t as_integer(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+KD_FN int64_t as_integer(double x) {
+  int64_t bits;
+  __builtin_memcpy(&bits, &x, 8);
+  return bits;
+}
+template <class V, class I>
+KD_FN V as_number(I bits) {
+  static_assert(sizeof(V) == sizeof(I));
+  V x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return x;
+}
+template <class V, class I>
+KD_FN V to_number(I n) {
+  return (V)n;
+}
+
+#include "../elementary.h"
+
+template <> struct Lanes<float> : Single { using I = int32_t; };
+template <> struct Lanes<double> : Double { using I = int64_t; };
+
+KD_FN float exp_at_rate(float x, float rate) { return exp2_approx(x * rate); }
+KD_FN double exp_at_rate(double x, double rate) { return exp_parts(x * rate).value; }
