@@ -3,8 +3,10 @@
 
 ``_C_cpu``   the kernels as torch operators (LibTorch stable ABI: one binary for torch >= 2.10)
 ``_native``  the same kernels on NumPy arrays (pybind11)
+``_C_cuda``  the CUDA kernels as torch operators, where there are nvcc and a torch with CUDA
 
-KDKERNELS_BUILD=0 builds neither, =1 fails where the default would warn and go on without.
+KDKERNELS_BUILD=0 builds none, =1 fails where the default would warn and go on without.
+KDKERNELS_CUDA=0 and =1 say the same of _C_cuda alone.
 KDKERNELS_DEBUG=1 adds assertions and debug information; KDKERNELS_SANITIZE=address,undefined
 builds _native alone, for a sanitizer run.
 """
@@ -12,6 +14,7 @@ builds _native alone, for a sanitizer run.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +33,9 @@ if X86:
         64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     )  # fmt: skip
 FAMILIES = sorted(path.name for path in (ROOT / "csrc/kd/cpu").iterdir() if path.is_dir())
+
+# Machine code for these, and PTX of the last, of which the driver makes what is newer.
+CUDA_TARGETS = ("80", "90")
 
 DEBUG = os.environ.get("KDKERNELS_DEBUG") == "1"
 SANITIZE = os.environ.get("KDKERNELS_SANITIZE", "")
@@ -59,6 +65,37 @@ def torch_extension() -> Extension:
     )
 
 
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        raise RuntimeError("no nvcc in PATH or CUDA_HOME")
+    return nvcc
+
+
+def cuda_home(nvcc: str) -> Path:
+    """As nvcc itself sees it: what is in PATH may be a script elsewhere."""
+    steps = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True,
+                           text=True)  # fmt: skip
+    (home,) = (line.partition("=")[2] for line in steps.stderr.splitlines() if "TOP=" in line)
+    return Path(home).resolve()
+
+
+def cuda_extension() -> Extension:
+    import torch
+
+    if torch.version.cuda is None:
+        raise RuntimeError(f"torch {torch.__version__} is built without CUDA")
+    ext = torch_extension()
+    ext.name = "kdkernels._C_cuda"
+    ext.sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch/cuda").glob("*.cpp"))
+    ext.define_macros.append(("USE_CUDA", None))  # declares the current stream
+    # cudart is linked in: the binary then suits torch of any CUDA version that the driver knows.
+    ext.library_dirs.append(str(cuda_home(find_nvcc()) / "lib64"))
+    ext.libraries += ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+    return ext
+
+
 def numpy_extension() -> Extension:
     import pybind11
 
@@ -78,7 +115,9 @@ class BuildKernels(build_ext):
         self.kernel_objects = None
         wanted = os.environ.get("KDKERNELS_BUILD", "auto")
         if wanted == "0":
-            self.record["extensions"] = dict.fromkeys(("_C_cpu", "_native"), "KDKERNELS_BUILD=0")
+            self.record["extensions"] = dict.fromkeys(
+                ("_C_cpu", "_native", "_C_cuda"), "KDKERNELS_BUILD=0"
+            )
             self.extensions = []
         if SANITIZE:
             self.extensions = [ext for ext in self.extensions if ext.name.endswith("_native")]
@@ -90,19 +129,31 @@ class BuildKernels(build_ext):
 
     def build_extension(self, placeholder):
         name = placeholder.name.rpartition(".")[2]
+        if name == "_C_cuda" and os.environ.get("KDKERNELS_CUDA") == "0":
+            self.record["extensions"][name] = "KDKERNELS_CUDA=0"
+            return
         try:
-            ext = torch_extension() if name == "_C_cpu" else numpy_extension()
-            if self.kernel_objects is None:
-                self.kernel_objects = self.compile_kernels()
+            ext = {
+                "_C_cpu": torch_extension, "_native": numpy_extension, "_C_cuda": cuda_extension,
+            }[name]()  # fmt: skip
+            if name == "_C_cuda":
+                ext.extra_objects = self.compile_cuda()
+            else:
+                if self.kernel_objects is None:
+                    self.kernel_objects = self.compile_kernels()
+                ext.extra_objects = self.kernel_objects
             ext.extra_compile_args += COMPILE_ARGS
-            ext.extra_link_args, ext.extra_objects = LINK_ARGS, self.kernel_objects
+            ext.extra_link_args = LINK_ARGS
             ext.depends = [str(p) for p in (ROOT / "csrc").rglob("*.*")]
             ext._needs_stub = False
             super().build_extension(ext)
         except Exception as error:
-            if os.environ.get("KDKERNELS_BUILD") == "1":
+            demanded = "KDKERNELS_CUDA" if name == "_C_cuda" else "KDKERNELS_BUILD"
+            if os.environ.get(demanded) == "1":
                 raise
             self.record["extensions"][name] = f"not built: {error}"
+            if name == "_C_cuda":  # few machines have what it takes, and Triton does the same
+                return
             print(
                 f"kdkernels: {name} was NOT built ({error}). The plain-torch reference and the "
                 "Triton kernels still work; install a C++17 compiler and reinstall for the rest.",
@@ -114,6 +165,26 @@ class BuildKernels(build_ext):
             import torch
 
             self.record["torch"] = torch.__version__
+
+    def compile_cuda(self) -> list[str]:
+        nvcc = find_nvcc()
+        targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
+        targets.append("-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_TARGETS[-1]))
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(source):
+            out = folder / f"{source.stem}.o"
+            options = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            command = [nvcc, *options, *targets, "-c", str(source), "-o", str(out)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise RuntimeError(f"nvcc failed on {source.name}: {result.stderr[-2000:]}")
+            return str(out)
+
+        sources = sorted((ROOT / "csrc/kd/cuda").rglob("*.cu"))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            return list(pool.map(compile_one, sources))
 
     def compile_kernels(self) -> list[str]:
         compiler = self.compiler.compiler_so[0]
@@ -146,6 +217,7 @@ setup(
     ext_modules=[
         Extension("kdkernels._C_cpu", [], optional=True),
         Extension("kdkernels._native", [], optional=True),
+        Extension("kdkernels._C_cuda", [], optional=True),
     ],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -17,9 +17,11 @@ import torch
 from kdkernels import ops
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-# What `auto` tries per device type, first to last. A CUDA kernel goes first only for the ops where
-# a committed GPU result shows it correct and faster.
+# What `auto` tries per device type, first to last.
 AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# Families of which the CUDA kernels go first: none, until a committed GPU result shows them correct
+# and faster.
+CUDA_FIRST: frozenset[str] = frozenset()
 
 # Families, or single losses ("family.loss"), that torch's own operators compute, and why a kernel
 # would not pay. For them `auto` means these operators, which the reference is made of, and nothing
@@ -104,7 +106,8 @@ def _choose(family: str, device_type: str, backend: str, name: str) -> str:
     if preferred != "auto" and verdict(family, preferred, device_type).ok:
         return preferred
     reasons = []
-    for candidate in AUTO_ORDER.get(device_type, ()):
+    order = AUTO_ORDER.get(device_type, ())
+    for candidate in reversed(order) if family in CUDA_FIRST else order:
         ok, reason = verdict(family, candidate, device_type)
         if ok:
             return candidate

@@ -15,14 +15,17 @@ from pathlib import Path
 import torch
 
 NAMESPACE = "kdkernels"
-_MISSING = "the extension was not built (no compiler at install time, or KDKERNELS_BUILD=0)"
+_MISSING = {
+    "_C_cpu": "the extension was not built (no compiler at install time, or KDKERNELS_BUILD=0)",
+    "_C_cuda": "the extension was not built (kdkernels info says why)",
+}
 _load_errors: dict[str, str] = {}
 
 
 def _load(name: str) -> None:
     path = Path(__file__).parents[1] / f"{name}.so"
     if not path.exists():
-        _load_errors[name] = _MISSING
+        _load_errors[name] = _MISSING[name]
         return
     try:
         torch.ops.load_library(str(path))
