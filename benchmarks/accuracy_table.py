@@ -54,10 +54,10 @@ def table(kept: dict[str, Any]) -> str:
     header = ["method", *(heading for heading, *_ in COLUMNS), "over `ce`"]
     lines = ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
     for name, method in kept.items():
-        cells = [
-            mean_and_std([factor * value(run, keys) for run in method["runs"]], digits)
-            for _, keys, factor, digits in COLUMNS
-        ]
+        cells = []
+        for _, (part, key), factor, digits in COLUMNS:
+            found = [factor * run[part][key] for run in method["runs"] if key in run[part]]
+            cells.append(mean_and_std(found, digits) if found else "")
         lines.append(f"| `{name}` | {' | '.join([*cells, over(method, kept['ce'])])} |")
     return "\n".join(lines)
 
@@ -67,12 +67,6 @@ def over(method: dict[str, Any], baseline: dict[str, Any]) -> str:
     by_seed = {run["seed"]: run["test"]["accuracy"] for run in baseline["runs"]}
     gains = [100 * (run["test"]["accuracy"] - by_seed[run["seed"]]) for run in method["runs"]]
     return "" if method is baseline else mean_and_std(gains, 2, sign="+")
-
-
-def value(run: dict[str, Any], keys: tuple[str, ...]) -> float:
-    for key in keys:
-        run = run[key]
-    return run
 
 
 def mean_and_std(values: list[float], digits: int, sign: str = "") -> str:

@@ -53,6 +53,9 @@ def test_results_are_kept_method_by_method(accuracy, tmp_path):
     train = np.load(tmp_path / "work/data/train_labels.npy")
     assert np.array_equal(np.bincount(train), [20] * 6)
     assert str(tmp_path) not in json.dumps(kept)
+    import accuracy_table
+
+    assert accuracy_table.table(kept).count("\n| `") == 3  # though specialists judge no student
 
 
 def test_the_table_compares_seed_by_seed(accuracy):
