@@ -40,6 +40,7 @@ struct Embeddings {
   int64_t width = 0;
   double factor = 1;         // of the gradient
   double* mean = nullptr;    // (width,), null: they are not centred
+  void* panels = nullptr;    // (padded, width): the embeddings, packed
   double* gram = nullptr;    // (padded, padded), 0 beyond the rows
   double* edges = nullptr;   // likewise: a symmetric matrix that gives the gradient as its product
   double* inverse = nullptr; // likewise, RKD: of the distances, 0 between coincident rows
@@ -58,7 +59,6 @@ struct Relation {
   int64_t rows = 0, padded = 0;
   bool single = false;
   Embeddings side[2];
-  void* panels = nullptr;    // (padded, width) of the side that is at work
   double* turns = nullptr;   // (padded, padded), RKD
   double* loss = nullptr;    // (padded,), of rows or pairs of rows
   double* slope[2] = {};     // (padded,) each

@@ -24,8 +24,8 @@ double embeddings(const py::array& student, const py::array& teacher, double fac
   r.rows = student.shape(0);
   if (!r.rows) return 0;
   r.single = !rkd && !in_double;
-  const int64_t wide = std::max(student.shape(1), teacher.shape(1));
-  std::vector<double> scratch(kd::relation_scratch(r.rows, wide, rkd));
+  const int64_t width = student.shape(1) + teacher.shape(1);
+  std::vector<double> scratch(kd::relation_scratch(r.rows, width, rkd));
   const auto at = reinterpret_cast<uintptr_t>(scratch.data());
   kd::share(r, reinterpret_cast<double*>((at + 63) / 64 * 64), rkd);
   py::gil_scoped_release release;

@@ -13,7 +13,7 @@ using namespace kd::torch_binding;
 using Pair = std::tuple<Tensor, Tensor, Tensor>;
 
 const auto parallel = [](int64_t tasks, int64_t work, const auto& f) {
-  constexpr int64_t grain = 1 << 22;  // multiplications: 100 us, beside which a thread's start is small
+  constexpr int64_t grain = 1 << 19;  // multiplications: 10 us, beside which a thread's start is small
   torch::stable::parallel_for(0, tasks, grain / std::max<int64_t>(work, 1) + 1, f);
 };
 
@@ -37,7 +37,7 @@ Pair embeddings(const Tensor& student, const Tensor& teacher, double factor, int
   r.single = !rkd && accumulated_in(student, teacher) == ScalarType::Float;
   // A tensor, for its memory to be accounted for as other temporaries' is.
   const Tensor scratch = contiguous(
-      {kd::relation_scratch(r.rows, std::max(student.size(1), teacher.size(1)), rkd)},
+      {kd::relation_scratch(r.rows, student.size(1) + teacher.size(1), rkd)},
       ScalarType::Double);
   auto at = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
   kd::share(r, reinterpret_cast<double*>((at + 63) / 64 * 64), rkd);

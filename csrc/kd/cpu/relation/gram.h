@@ -81,7 +81,7 @@ void pack(const Relation& p, const Embeddings& x, int64_t group) {
           rows[r] = RowReader<S>{x.x, row_offset(x.x, i + r)}.get(first, n, scratch[r]);
         else __builtin_memset(scratch[r], 0, sizeof scratch[r]);
       }
-      S* to = (S*)p.panels + i * x.width + first * wide;
+      S* to = (S*)x.panels + i * x.width + first * wide;
       for (int d = 0; d < n; d++, to += wide)
         for (int r = 0; r < wide; r++) to[r] = rows[r][d];
       if (!x.mean) continue;
@@ -96,7 +96,7 @@ template <class S>
 void gram_rows(const Relation& p, const Embeddings& x, int64_t group) {
   constexpr int wide = panel<S>;
   alignas(64) S tile[tile_rows * wide];
-  const S* const panels = (const S*)p.panels;
+  const S* const panels = (const S*)x.panels;
   const int64_t end = (group + 1) * relation_rows, size = p.padded;
   for (int64_t i = group * relation_rows; i < end; i += tile_rows) {
     const S* a = panels + i / wide * wide * x.width + i % wide;

@@ -9,10 +9,10 @@
 
 namespace kd {
 
-// Doubles that `share` hands out.
+// Doubles that `share` hands out; `width` is that of both sides together.
 inline int64_t relation_scratch(int64_t rows, int64_t width, bool rkd) {
   const int64_t n = relation_padded(rows);
-  return n * width + (rkd ? 6 * n * n + 2 * width : 3 * n * n) + 7 * n + 8;
+  return n * width + (rkd ? 6 * n * n + width : 3 * n * n) + 7 * n + 8;
 }
 
 // Gives the steps their memory, 64-byte aligned; the sides share the edges, which are used in turn.
@@ -23,11 +23,10 @@ inline void share(Relation& r, double* memory, bool rkd) {
     memory += count;
     return taken;
   };
-  const int64_t wide = std::max(r.side[0].width, r.side[1].width);
-  r.panels = take(n * wide);
   double* const edges = take(n * n);
   r.turns = rkd ? take(n * n) : nullptr;
   for (Embeddings& x : r.side) {
+    x.panels = take(n * x.width);
     x.edges = edges;
     x.gram = take(n * n);
     x.inverse = rkd ? take(n * n) : nullptr;
@@ -52,20 +51,28 @@ struct RelationRun {
   int64_t column_tasks(int side) const {
     return (r.side[side].width + relation_columns - 1) / relation_columns;
   }
+  // f(side, task) of the tasks of both sides, which are as many.
+  template <class F>
+  void both(int64_t tasks, int64_t work, const F& f) const {
+    parallel(2 * tasks, work, [&](int64_t a, int64_t b) {
+      for (; a < b; a++) f(int(a / tasks), a % tasks);
+    });
+  }
   void grams() const {
-    for (int side = 0; side < 2; side++) {
-      const Embeddings& x = r.side[side];
-      const int64_t groups = r.padded / relation_rows;
-      if (x.mean) step(RelationStep::centre, side, column_tasks(side), r.rows * relation_columns);
-      step(RelationStep::pack, side, groups, relation_rows * x.width * 4);
-      // A short group of rows with a long one each, so that tasks are even.
-      const auto kernel = kernels().relation;
-      parallel((groups + 1) / 2, relation_rows * (groups + 1) * relation_rows * x.width,
-               [&](int64_t a, int64_t b) {
-                 kernel(r, RelationStep::gram, side, a, b);
-                 kernel(r, RelationStep::gram, side, std::max(groups - b, (groups + 1) / 2), groups - a);
-               });
-    }
+    const auto kernel = kernels().relation;
+    const int64_t groups = r.padded / relation_rows, half = (groups + 1) / 2;
+    const int64_t width = std::max(r.side[0].width, r.side[1].width);
+    for (int side = 0; side < 2; side++)
+      if (r.side[side].mean)
+        step(RelationStep::centre, side, column_tasks(side), r.rows * relation_columns);
+    both(groups, relation_rows * width * 4, [&](int side, int64_t i) {
+      kernel(r, RelationStep::pack, side, i, i + 1);
+    });
+    // A short group of rows with a long one each, so that tasks are even.
+    both(half, relation_rows * (groups + 1) * relation_rows * width, [&](int side, int64_t i) {
+      kernel(r, RelationStep::gram, side, i, i + 1);
+      kernel(r, RelationStep::gram, side, std::max(groups - i - 1, half), groups - i);
+    });
   }
   void gradient(int side) const {
     step(RelationStep::gradient, side, column_tasks(side), r.rows * r.padded * relation_columns);
