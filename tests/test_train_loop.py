@@ -112,7 +112,7 @@ def test_the_precision_is_that_of_the_hardware_and_said(
     assert native_precision(torch.device("cpu")) == precision
     results = run(Config(**QUICK, max_steps=1, out=str(tmp_path / "x")))
     assert results["config"]["precision"] == precision
-    assert f"{precision} on cpu" in " ".join(capsys.readouterr().out.split())
+    assert f"{precision} on 1 x cpu" in " ".join(capsys.readouterr().out.split())
 
 
 def test_float16_on_a_cpu_is_refused(tmp_path):

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 from kdkernels.train import InputError, checkpoint
 from kdkernels.train.cli import main
@@ -76,11 +77,11 @@ def test_a_killed_run_resumes_bit_equal(tmp_path):
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
-    path, cpu = tmp_path / "checkpoint.pt", torch.device("cpu")
-    save(path, State(step=3), {}, cpu)
+    path, fabric = tmp_path / "checkpoint.pt", Fabric(accelerator="cpu", devices=1)
+    save(path, State(step=3), {}, fabric)
     expected = torch.rand(3)
     torch.rand(5)
-    assert restore(path, {}, cpu).step == 3
+    assert restore(path, {}, fabric).step == 3
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from kdkernels.train.errors import InputError
 from kdkernels.train.models import build_model
@@ -68,10 +68,12 @@ def load_state(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from error
 
 
-def save_model(path: Path, name: str, model: nn.Module, shape: tuple[int, ...], classes: int):
+def save_model(
+    path: Path, name: str, weights: Mapping[str, Tensor], shape: tuple[int, ...], classes: int
+) -> None:
     """Save a model's weights with what is needed to build it again."""
     metadata = {"model": name, "shape": json.dumps(shape), "classes": str(classes)}
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
+    tensors = {key: value.contiguous() for key, value in weights.items()}
     write(path, lambda file: file.write(save(tensors, metadata)))
 
 

@@ -57,6 +57,10 @@ class Config:
         cache_topk: keep only the k largest logits, for methods that can do with them (kd).
         backend: which implementation runs the distillation losses.
         accelerator: the device to train on.
+        devices: so many processes, each with its device and its share of every batch; under
+            torchrun those that it started. Batch normalisation sees a share.
+        strategy: of several processes: ddp, or fsdp, where each keeps a part of the weights, for
+            models that outgrow one device.
         precision: of the networks; losses are computed in float32 or better. auto is bf16-mixed on
             hardware made for it (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), else 32-true.
         val_fraction: share of the training images that selects the best epoch, where the data
@@ -97,6 +101,8 @@ class Config:
     cache_topk: int | None = None
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
     val_fraction: float = 0.1
     split_seed: int = 0
@@ -110,7 +116,7 @@ class Config:
     def __post_init__(self) -> None:
         for name in (
             "epochs", "max_steps", "batch_size", "accumulate", "lr", "teacher_epochs", "image_size",
-            "cache_views", "cache_topk",
+            "devices", "cache_views", "cache_topk",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -123,6 +129,8 @@ class Config:
                 raise InputError(f"{option(name)}: expected 0 or more, got {value}")
         if not self.ema < 1:
             raise InputError(f"--ema: expected a number below 1, got {self.ema}")
+        if self.ema and self.strategy == "fsdp":
+            raise InputError("--ema: the average would be a whole model; not with --strategy fsdp")
         if not self.seed or len(set(self.seed)) < len(self.seed) or min(self.seed) < 0:
             raise InputError(f"--seed: expected different numbers from 0 up, got {list(self.seed)}")
         if self.augment != "auto":

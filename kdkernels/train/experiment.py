@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from kdkernels import backends
 from kdkernels.train import checkpoint, report
 from kdkernels.train.config import Config, option
 from kdkernels.train.data import Dataset, load_data
-from kdkernels.train.devices import make_fabric
+from kdkernels.train.devices import make_fabric, on_first, predict_together
 from kdkernels.train.errors import InputError
 from kdkernels.train.logs import require_tensorboard
 from kdkernels.train.loop import fit
 from kdkernels.train.methods import METHODS, Composite, Method, Run
-from kdkernels.train.metrics import accuracy, predict, summarise
+from kdkernels.train.metrics import accuracy, summarise
 from kdkernels.train.models import build_model
+from kdkernels.train.state import whole
 from kdkernels.train.taps import Tapped
 from kdkernels.train.teachers import Teacher
 
@@ -49,6 +51,7 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     fabric = make_fabric(config)
     config = replace(config, precision=fabric.strategy.precision.precision)
     record = config.resolved() | resolved_options(config.method, options)
+    report.console.quiet = not fabric.is_global_zero
     require_backend(config.backend, fabric.device.type)
     if config.tensorboard:
         require_tensorboard()
@@ -66,9 +69,11 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
 
     results = {"config": record, "environment": kdkernels.info()}
     out = Path(config.out or f"runs/{data.name}-{config.method}-{config.student}")
-    claim(out, record, resume=config.resume)
+    on_first(fabric, partial(claim, out, record, resume=config.resume))
     report.console.print(
-        f"{out}: {config.precision} on {fabric.device}, losses in float32 or better"
+        f"{out}: {config.precision} on {fabric.world_size} x {fabric.device.type}, losses in "
+        f"float32 or better",
+        soft_wrap=True,
     )
 
     places = ["teacher"] if len(parts) == 1 else [f"teacher-{n + 1}" for n in range(len(parts))]
@@ -78,7 +83,7 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
             for part, place in zip(parts, places, strict=True)
         ]
     for (name, model), part, place in zip(teachers, parts, places, strict=False):
-        test_accuracy = accuracy(*predict(Teacher(fabric, model), part, part.test, fabric.device))
+        test_accuracy = accuracy(*predict_together(fabric, Teacher(fabric, model), part, part.test))
         results[place] = {"model": name, "test": {"accuracy": test_accuracy}}
     models = [model for _, model in teachers]
     runs = []
@@ -86,11 +91,11 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
         method = make_method(config.method, config.backend, options)
         runs.append(train(fabric, method, models, data, config, seed, out / f"seed-{seed}"))
     results |= {"runs": runs, "summary": summarise(runs)}
-    checkpoint.write_json(out / "results.json", results)
+    on_first(fabric, partial(checkpoint.write_json, out / "results.json", results))
     folders = {config.method: [out / f"seed-{seed}" for seed in config.seed]}
     if config.teacher:
         folders |= {place: [out / place] for place in places}
-    report.plot(out / "curves.png", folders)
+    on_first(fabric, partial(report.plot, out / "curves.png", folders))
     return results
 
 
@@ -147,7 +152,7 @@ def train(
     out: Path,
 ) -> dict[str, Any]:
     """One model of ``config.student`` from one seed, or the results already in ``out``."""
-    if (out / "results.json").exists():
+    if on_first(fabric, (out / "results.json").exists):
         return checkpoint.read_json(out / "results.json")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -158,10 +163,9 @@ def train(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **fit(fabric, method, model, teachers, data, config, seed=seed, out=out),
     }
-    checkpoint.save_model(
-        out / "model.safetensors", config.student, model, data.shape, len(data.classes)
-    )
-    checkpoint.write_json(out / "results.json", results)
+    made = config.student, whole(model.state_dict()), data.shape, len(data.classes)
+    on_first(fabric, partial(checkpoint.save_model, out / "model.safetensors", *made))
+    on_first(fabric, partial(checkpoint.write_json, out / "results.json", results))
     return results
 
 

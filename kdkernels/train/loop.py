@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fabric import Fabric
+from torch import distributed as dist
 from torch import nn
 
 from kdkernels.train import predictions, report, teacher_cache
@@ -23,13 +24,20 @@ from kdkernels.train.average import Average
 from kdkernels.train.clock import StepClock
 from kdkernels.train.config import Config
 from kdkernels.train.data import Batches, Dataset
+from kdkernels.train.devices import (
+    on_first,
+    predict_together,
+    seed_process,
+    share_buffers,
+    unsharded,
+)
 from kdkernels.train.learner import Learner, dry_run
 from kdkernels.train.logs import Log
 from kdkernels.train.methods import Method, Run
-from kdkernels.train.metrics import accuracy, measure, predict
+from kdkernels.train.metrics import accuracy, measure
 from kdkernels.train.optimizer import make_optimizer, set_lr
 from kdkernels.train.records import Tally, close_epoch, require_finite, results
-from kdkernels.train.state import State, restore, save
+from kdkernels.train.state import State, load_weights, restore, save
 from kdkernels.train.taps import Tapped
 from kdkernels.train.teachers import Teachers
 
@@ -54,7 +62,7 @@ def fit(
     ``teachers`` are frozen; the student is measured against the first. Writes
     ``checkpoint.pt`` and ``log.jsonl`` into ``out`` and goes on from a checkpoint found there.
     """
-    device = fabric.device
+    device, predict = fabric.device, partial(predict_together, fabric)
     batches = Batches(
         data,
         batch_size=config.batch_size,
@@ -64,10 +72,11 @@ def fit(
         mixup=config.mixup,
         seed=seed,
         device=device,
-        shares=config.accumulate,
+        shares=config.accumulate * fabric.world_size,
     )
     last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
-    method.begin(Run(data, last_step, batches.per_epoch))
+    group = dist.group.WORLD if fabric.world_size > 1 else None
+    method.begin(Run(data, last_step, batches.per_epoch, group))
     trained = method.wrap(student)
     average = Average(fabric, trained, config.ema) if config.ema else None
     student_taps, *teacher_taps = method.taps(trained, teachers)
@@ -78,12 +87,13 @@ def fit(
     model = fabric.setup_module(learner)
     optimizer = fabric.setup_optimizers(make_optimizer(trained, method, config))
 
+    seed_process(fabric, seed)
     state = State()
     checkpointed = {"student": trained, "method": method, "optimizer": optimizer}
     checkpointed |= {"average": average} if average else {}
     checkpointed["precision"] = fabric.strategy.precision
     if (out / "checkpoint.pt").exists():
-        state = restore(out / "checkpoint.pt", checkpointed, device)
+        state = restore(out / "checkpoint.pt", checkpointed, fabric)
 
     answers = teachers
     if config.teacher_cache:
@@ -91,8 +101,9 @@ def fit(
     evaluated = average.network if average else model
     # Of some classes only, a teacher is no measure of the student.
     judged = teachers and method.specialities(len(data.classes))[0] == range(len(data.classes))
-    teacher_val = predict(teachers[0], data, data.val, device)[0] if judged else None
-    log = Log(out, state.history, tensorboard=config.tensorboard)
+    teacher_val = predict(teachers[0], data, data.val)[0] if judged else None
+    board = config.tensorboard and fabric.is_global_zero
+    log = Log(out, state.history, tensorboard=board)
     clock, tally = StepClock(device), Tally(fabric, config.accumulate)
 
     label = f"{config.method} {config.student} seed {seed}"
@@ -103,12 +114,15 @@ def fit(
                 optimizer.state.clear()
             clock.step_starts()
             set_lr(optimizer, config.schedule, method.progress(state.step))
-            for share in range(config.accumulate):
+            for part in range(config.accumulate):
+                share = fabric.global_rank * config.accumulate + part
                 batch = method.data(batches, state.step, share)
                 teacher_out = answers(batch, method.teachers(state.step))
                 losses = partial(learner.losses, batch, teacher_out, state.step, clock)
-                loss, terms = model(batch.images, losses)
-                fabric.backward(loss / config.accumulate)
+                unfinished = part + 1 < config.accumulate
+                with fabric.no_backward_sync(model, enabled=unfinished):
+                    loss, terms = model(batch.images, losses)
+                    fabric.backward(loss / config.accumulate)
                 tally.add(state.step, terms | {"loss": loss})
             if config.clip_norm:
                 fabric.clip_gradients(
@@ -129,11 +143,13 @@ def fit(
             if saves or state.step % READ_EVERY == 0:
                 tally.read_into(state, clock)
             if saves:
+                share_buffers(fabric, trained, *([average.student] if average else []))
                 require_finite(trained, state.step)
             if epoch_ends:
-                logits, labels = predict(evaluated, data, data.val, device)
+                logits, labels = predict(evaluated, data, data.val)
                 validation = measure(logits, labels, teacher_val)
-                validation |= method.measure(logits, labels, teacher_val)
+                with unsharded(learner):
+                    validation |= method.measure(logits, labels, teacher_val)
                 candidate = average.student if average else trained
                 close_epoch(
                     state,
@@ -143,17 +159,18 @@ def fit(
                     lr=optimizer.param_groups[0]["lr"],
                     batch_size=batches.batch_size,
                 )
-                log.write(state.history)
+                on_first(fabric, partial(log.write, state.history))
             if saves:
-                save(out / "checkpoint.pt", state, checkpointed, device)
+                save(out / "checkpoint.pt", state, checkpointed, fabric)
 
     log.close()
 
     # Test images: read only now, when nothing is left to choose.
-    last_accuracy = accuracy(*predict(evaluated, data, data.test, device))
-    student.load_state_dict(state.best["weights"])
-    teacher_test = predict(teachers[0], data, data.test, device)[0] if judged else None
-    logits, labels = predict(model, data, data.test, device)
+    last_accuracy = accuracy(*predict(evaluated, data, data.test))
+    load_weights(student, state.best["weights"])
+    teacher_test = predict(teachers[0], data, data.test)[0] if judged else None
+    logits, labels = predict(model, data, data.test)
     test = measure(logits, labels, teacher_test)
-    predictions.save(out / "test.npz", data, logits, labels, teacher_test)
+    kept = partial(predictions.save, out / "test.npz", data, logits, labels, teacher_test)
+    on_first(fabric, kept)
     return results(state, test, last_accuracy) | answers.cost

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdkernels.train.clock import StepClock
 from kdkernels.train.errors import DivergedError
-from kdkernels.train.state import State
+from kdkernels.train.state import State, whole
 
 
 class Tally:
@@ -59,7 +59,7 @@ class Tally:
 
 def require_finite(student: nn.Module, step: int) -> None:
     """Refuse weights that are no numbers, which the losses of ``step`` cannot have shown yet."""
-    state = student.state_dict()
+    state = whole(student.state_dict())
     finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
     if broken := [name for name, good in zip(state, finite, strict=True) if not good]:
         raise DivergedError(
@@ -98,7 +98,8 @@ def close_epoch(
     )
     if student and (state.best is None or validation["accuracy"] > state.best["accuracy"]):
         weights = {
-            name: value.detach().cpu().clone() for name, value in student.state_dict().items()
+            name: value.detach().cpu().clone()
+            for name, value in whole(student.state_dict()).items()
         }
         state.best = {"epoch": epoch + 1, "accuracy": validation["accuracy"], "weights": weights}
 
