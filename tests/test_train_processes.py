@@ -192,9 +192,11 @@ def test_the_command_line_starts_two(tmp_path, start):
     arguments = ["train", "--method", "ce", "--student", "mlp8", "--epochs", "1"]
     arguments += ["--accelerator", "cpu", "--out", str(tmp_path / "out")]
     arguments += [] if start else ["--devices", "2"]
+    root = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, *start, str(program), *arguments],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("on 2 x cpu") == 1

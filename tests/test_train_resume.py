@@ -59,7 +59,8 @@ def test_a_killed_run_resumes_bit_equal(tmp_path):
     arguments = [*ARGUMENTS, *EVERYTHING.split()]
     assert main([*arguments, "--out", str(alone)]) == 0
     state = train_until_killed(killed, after_step=20)
-    assert main([*arguments, "--out", str(killed), "--resume"]) == 0
+    # The folder knows with which options it was started.
+    assert main(["--out", str(killed), "--resume"]) == 0
 
     ends = [checkpoint.load_state(out / "seed-7" / "checkpoint.pt") for out in (alone, killed)]
     assert ends[0]["state"]["step"] == ends[1]["state"]["step"] > state["step"]
@@ -107,6 +108,18 @@ def test_resuming_needs_a_run(tmp_path, capsys):
     assert main([*ARGUMENTS, "--out", str(tmp_path / "none"), "--resume"]) == 1
     assert "no run to go on with" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_options_that_contradict_the_run_are_refused(tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--method", "skd", "--teacher", "mlp8", "--temperature", "2"]
+    assert main([*ARGUMENTS, *options, "--max-steps", "2", "--out", str(out)]) == 0
+    (out / "results.json").unlink()
+    assert main(["--out", str(out), "--resume", "--temperature", "3"]) == 1
+    assert "other options: temperature was 2.0, is 3.0" in capsys.readouterr().err
+    assert main(["--out", str(out), "--resume", "--epochs", "9"]) == 1
+    assert "other options: epochs was 4, is 9" in capsys.readouterr().err
+    assert main(["--out", str(out), "--resume", "--temperature", "2"]) == 0
 
 
 def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, capsys):

@@ -7,6 +7,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
 import docstring_parser
@@ -23,13 +24,17 @@ PROGRAM = "kdkernels train"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``kdkernels train`` and return its exit status."""
     # jsonargparse lets the later of two values win: the config file goes first.
-    find_config = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
-    find_config.add_argument("--config")
-    found, rest = find_config.parse_known_args(argv)
-    arguments = make_parser().parse_args(
-        (["--config", found.config] if found.config else []) + rest
-    )
+    early = argparse.ArgumentParser(PROGRAM, add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    found, rest = early.parse_known_args(argv)
+    early.add_argument("--out")
+    early.add_argument("--resume", action="store_true")
+    run = early.parse_known_args(rest)[0]
     try:
+        parser = make_parser()
+        if run.resume and run.out:
+            parser.set_defaults(defaults_of(Path(run.out)))
+        arguments = parser.parse_args((["--config", found.config] if found.config else []) + rest)
         config, options = split(vars(arguments))
         results = experiment.run(config, options)
     except (TrainError, OSError) as error:
@@ -39,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = ", ".join(map(str, config.seed))
     report.console.print(report.table(f"{config.data}, seeds {seeds}", {name: results["summary"]}))
     return 0
+
+
+def defaults_of(out: Path) -> dict[str, Any]:
+    """The options that the run in ``out`` was started with."""
+    record = experiment.recorded(out)
+    known = {parameter.name for parameter in parameters(Config)}
+    return {name: value for name, value in record.items() if name in known} | record["options"]
 
 
 def make_parser() -> ArgumentParser:

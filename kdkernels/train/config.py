@@ -71,7 +71,7 @@ class Config:
         tensorboard: also write TensorBoard event files, in the folder of each seed.
         cache_dir: where decoded image folders are kept; kdkernels in the user's cache if not given.
         out: folder of the results, new or empty; runs/<data>-<method>-<student> if not given.
-        resume: go on with the run in --out.
+        resume: go on with the run in --out, whose options need not be given again.
     """
 
     method: str = "kd"
@@ -148,7 +148,8 @@ class Config:
     def resolved(self) -> dict[str, Any]:
         """What decides the results, for the record and for comparison when resuming."""
         record = asdict(self)
-        for name in ("out", "resume", "cache_dir", "teacher_cache", "tensorboard"):
+        where = ("out", "resume", "cache_dir", "teacher_cache", "tensorboard")
+        for name in (*where, "devices", "strategy"):
             del record[name]
         return record | {"seed": list(self.seed)}
 

@@ -69,7 +69,7 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
 
     results = {"config": record, "environment": kdkernels.info()}
     out = Path(config.out or f"runs/{data.name}-{config.method}-{config.student}")
-    on_first(fabric, partial(claim, out, record, resume=config.resume))
+    on_first(fabric, partial(claim, out, record, options, resume=config.resume))
     report.console.print(
         f"{out}: {config.precision} on {fabric.world_size} x {fabric.device.type}, losses in "
         f"float32 or better",
@@ -238,21 +238,31 @@ def resolved_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def claim(out: Path, record: dict[str, Any], *, resume: bool) -> None:
-    """Take ``out`` for the run that ``record`` describes; never a folder that holds another."""
+def claim(out: Path, record: dict[str, Any], options: Mapping[str, Any], *, resume: bool) -> None:
+    """Take ``out`` for the run that ``record`` describes; never a folder that holds another.
+
+    ``options`` are those given for the method, without the defaults that ``record`` has.
+    """
     path = out / "config.json"
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"--out {out}: not empty; give another folder, or --resume to go on")
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, record)
+        checkpoint.write_json(path, record | {"options": options})
         return
-    if not path.exists():
-        raise InputError(f"--resume: no run to go on with in {out} ({path.name} is missing)")
-    before = checkpoint.read_json(path)
+    before = recorded(out)
+    del before["options"]
     keys = sorted(
         key for key in before.keys() | record.keys() if before.get(key) != record.get(key)
     )
     if keys:
         changes = ", ".join(f"{key} was {before.get(key)}, is {record.get(key)}" for key in keys)
         raise InputError(f"--resume: {out} was started with other options: {changes}")
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    """What :func:`claim` wrote about the run in ``out``."""
+    path = out / "config.json"
+    if not path.exists():
+        raise InputError(f"--resume: no run to go on with in {out} ({path.name} is missing)")
+    return {"options": {}} | checkpoint.read_json(path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdkernels.train.clock import StepClock
 from kdkernels.train.data import Batch, Dataset
+from kdkernels.train.errors import InputError
 from kdkernels.train.methods import Method, Output
 from kdkernels.train.taps import Tapped
 from kdkernels.train.teachers import Teachers
@@ -72,4 +73,13 @@ def dry_run(method: Method, student: nn.Module, teachers: Teachers, data: Datase
     with torch.no_grad():
         outputs = [student.eval()(images), *(t(images.to(fabric.device)) for t in teachers)]
     student.train(training)
+    classes = len(data.classes)
+    expected = (classes, *map(len, method.specialities(classes)))
+    for index, (out, count) in enumerate(zip(outputs, expected, strict=False)):
+        if out.logits.shape != (2, count):
+            who = "student" if index == 0 else "teacher"
+            raise InputError(
+                f"{who}: expected logits (2, {count}) for two images, the data having {classes} "
+                f"classes; got {tuple(out.logits.shape)}"
+            )
     method.setup(outputs[0], outputs[1:])

@@ -21,6 +21,7 @@ __all__ = [
     "Batches",
     "Dataset",
     "Split",
+    "from_arrays",
     "load_data",
     "mix_up",
     "normaliser",
@@ -79,6 +80,23 @@ def load_data(
     if val is None:
         train, val = split_off(train, val_fraction, split_seed)
     return Dataset.build(contents.name, contents.classes, decoded.digest, augment, train, val, test)
+
+
+def from_arrays(
+    images: np.ndarray, labels: np.ndarray, *, val_fraction: float, split_seed: int
+) -> Dataset:
+    """A data set of arrays in memory, with validation and test parts as :func:`load_data` draws."""
+    if not 0 < val_fraction < 1:
+        raise InputError(f"val_fraction: expected a number between 0 and 1, got {val_fraction}")
+    images = arrays.checked_images(images, "data")
+    labels = arrays.checked_labels(labels, len(images), "data")
+    if not len(images):
+        raise InputError("data: no images")
+    rest, test = split_off(Split(images, labels, np.arange(len(images))), TEST_FRACTION, split_seed)
+    train, val = split_off(rest, val_fraction, split_seed)
+    classes = tuple(map(str, range(labels.max() + 1)))
+    digest = cache.digest(images, labels)
+    return Dataset.build("arrays", classes, digest, "crop-flip", train, val, test)
 
 
 def _decoded(path: Path, image_size: int | None, cache_dir: Path) -> cache.Decoded:

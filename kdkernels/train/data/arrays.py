@@ -43,8 +43,8 @@ def decode(source: Source, allocate: Allocate) -> Contents | None:
     order = [part for part in PARTS if part in images]
     for part in order:
         where = source.path if part == "all" else f"{source.path}, {part}"
-        images[part] = _images(images[part], str(where))
-        labels[part] = _labels(labels[part], len(images[part]), str(where))
+        images[part] = checked_images(images[part], str(where))
+        labels[part] = checked_labels(labels[part], len(images[part]), str(where))
     shapes = {images[part].shape[1:] for part in order}
     if len(shapes) > 1:
         raise InputError(f"{source.path}: images of different sizes: {sorted(shapes)}")
@@ -65,7 +65,8 @@ def _array(content: bytes, where: str) -> np.ndarray:
         raise InputError(f"{where}: not a readable array ({error})") from error
 
 
-def _images(images: np.ndarray, where: str) -> np.ndarray:
+def checked_images(images: np.ndarray, where: str) -> np.ndarray:
+    """Images as (N, H, W, C), or an error that says where they are from."""
     channels = images.shape[3] if images.ndim == 4 else 1
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not 0 < channels <= MAX_CHANNELS:
         raise InputError(
@@ -75,7 +76,8 @@ def _images(images: np.ndarray, where: str) -> np.ndarray:
     return images.reshape(*images.shape[:3], channels)
 
 
-def _labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
+def checked_labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
+    """Labels (N,) of so many images, or an error that says where they are from."""
     if labels.shape not in ((count,), (count, 1)) or labels.dtype.kind not in "iu":
         raise InputError(
             f"{where}: expected a whole number for each of {count} images as label, "

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation from Python: any modules, any images."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kdkernels.train.config import Config
+from kdkernels.train.data import Dataset, from_arrays, load_data
+from kdkernels.train.devices import make_fabric, on_first
+from kdkernels.train.experiment import claim, make_method, resolved_options, user_cache
+from kdkernels.train.loop import fit
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module] | None,
+    data: Dataset | str | Path | tuple[Any, Any] | Iterable[tuple[Any, int]],
+    *,
+    method: str = "kd",
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train ``student`` in place, leave it with its best epoch's weights, return the results.
+
+    Args:
+        student: from images (B, C, H, W), normalised by the mean and deviation of the training
+            pixels, to logits (B, K). On the device of the run afterwards.
+        teacher: the same, trained; frozen here. None for a method that needs none, several for
+            one that takes several.
+        data: ``"digits"`` or a path as for ``--data``; images (N, H, W) or (N, H, W, C) as uint8
+            with labels (N,), as arrays or tensors; pairs of an image (PIL's, or such an array) and
+            a label, a torchvision data set without transforms say; or a ``Dataset``. Validation
+            and test images are drawn from it unless it has them.
+        method: as for ``--method``.
+        options: those of the method, ``{"temperature": 4.0}``.
+        seed: of the batches and of what the method draws.
+        out: folder for checkpoint and log; with ``resume=True`` a run goes on there. None keeps
+            nothing.
+        **settings: the options of :class:`Config` that are left: ``epochs``, ``lr``, ``ema``, ...
+
+    Raises:
+        InputError: options, data or models that do not fit.
+    """
+    options = dict(options or {})
+    config = Config(method=method, student=type(student).__name__, seed=(seed,), **settings)
+    made = make_method(method, config.backend, options)
+    fabric = make_fabric(config)
+    config = replace(config, precision=fabric.strategy.precision.precision)
+    data = _dataset(data, config)
+    teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else teacher
+    torch.manual_seed(seed)
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return fit(fabric, made, student, teachers, data, config, seed=seed, out=Path(folder))
+    record = config.resolved() | resolved_options(method, options)
+    on_first(fabric, partial(claim, Path(out), record, options, resume=config.resume))
+    return fit(fabric, made, student, teachers, data, config, seed=seed, out=Path(out))
+
+
+def _dataset(data: Any, config: Config) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    split = {"val_fraction": config.val_fraction, "split_seed": config.split_seed}
+    if isinstance(data, str | Path):
+        cache = Path(config.cache_dir) if config.cache_dir else user_cache()
+        return load_data(str(data), image_size=config.image_size, cache_dir=cache, **split)
+    if not (isinstance(data, tuple) and len(data) == 2):
+        pairs = [(np.asarray(image), label) for image, label in data]
+        data = np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
+    return from_arrays(*map(np.asarray, data), **split)

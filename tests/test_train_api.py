@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``distill``: a user's own modules and images."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from kdkernels.train import InputError, distill
+from kdkernels.train.data import load_data
+
+QUICK = {"accelerator": "cpu", "epochs": 6, "augment": "none"}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(width=8, classes=4):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 64, width), nn.ReLU(), nn.Linear(width, classes)
+    )
+
+
+@pytest.fixture
+def images():
+    """Squares of a colour for each of 4 classes, in noise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    pixels = rng.integers(0, 80, (400, 8, 8, 3))
+    pixels[np.arange(400), :, :, labels % 3] += 60 + 40 * (labels == 3)[:, None, None]
+    return pixels.astype(np.uint8), labels
+
+
+@pytest.mark.parametrize("method", ["kd", "skd"])
+def test_own_modules_learn_from_own_arrays(images, method):
+    student, teacher = network(), network(32)
+    distill(teacher, None, images, method="ce", **QUICK)
+    fixed = {name: value.clone() for name, value in teacher.state_dict().items()}
+    results = distill(
+        student, teacher, images, method=method, options={"temperature": 2.0}, **QUICK
+    )
+    assert results["test"]["accuracy"] > 0.8 and results["test"]["agreement"] > 0.8
+    assert all(torch.equal(fixed[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_all_forms_of_data_train_alike(images, tmp_path):
+    pixels, labels = images
+    np.savez(tmp_path / "set.npz", images=pixels, labels=labels)
+    pairs = [(Image.fromarray(image), int(label)) for image, label in zip(*images, strict=True)]
+    path = str(tmp_path / "set.npz")
+    loaded = load_data(
+        path, val_fraction=0.1, split_seed=0, image_size=None, cache_dir=tmp_path / "cache"
+    )
+    tensors = torch.from_numpy(pixels), torch.from_numpy(labels)
+    weights = []
+    for data in (images, tensors, pairs, path, loaded):
+        student = network()
+        distill(student, None, data, method="ce", cache_dir=str(tmp_path / "cache"), **QUICK)
+        weights.append(student.state_dict())
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=0, atol=0)
+
+
+def test_a_run_in_a_folder_goes_on(images, tmp_path):
+    out = tmp_path / "run"
+    first = distill(network(), None, images, method="ce", out=out, **QUICK)
+    with pytest.raises(InputError, match="not empty"):
+        distill(network(), None, images, method="ce", out=out, **QUICK)
+    again = distill(network(), None, images, method="ce", out=out, resume=True, **QUICK)
+    assert again["val"] == first["val"] and again["test"] == first["test"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ((5, 4), r"student: expected logits \(2, 4\) .* 4 classes; got \(2, 5\)"),
+        ((4, 7), r"teacher: expected logits \(2, 4\) .* 4 classes; got \(2, 7\)"),
+    ],
+)
+def test_models_of_other_classes_are_refused(images, classes, message):
+    student, teacher = (network(classes=count) for count in classes)
+    with pytest.raises(InputError, match=message):
+        distill(student, teacher, images, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x.astype(np.float32), y), "data: expected images as uint8"),
+        (lambda x, y: (x, y[:-1]), "data: expected a whole number for each of 400"),
+        (lambda x, y: (x[:0], y[:0]), "data: no images"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(images, change, message):
+    with pytest.raises(InputError, match=message):
+        distill(network(), None, change(*images), method="ce", **QUICK)
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "own_models.py"))
+    example["main"](epochs=1)
+    assert "test accuracy" in capsys.readouterr().out
