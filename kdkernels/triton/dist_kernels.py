@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.layout import row_start
+from kdkernels.triton.rows import rows_of_program
 from kdkernels.triton.sweep import finite_top, half_scale, load, row_max, row_sum, store
 
 EPS = tl.constexpr(1e-8)
@@ -36,6 +37,14 @@ def _pearson(ss, tt, st, CLAMP: tl.constexpr):
         y_s = tl.where(s == 0, 0.0, st / product / product * t / s)
         y_t = tl.where(t == 0, 0.0, st / product / product * s / t)
     return st / product, 1 / product, y_s, y_t
+
+
+@triton.jit
+def _temperature(temperatures, temperature, ACC: tl.constexpr):
+    tau = tl.full((1, 1), temperature, ACC)
+    if temperatures is not None:
+        tau = tl.zeros((1, 1), ACC) + tl.load(temperatures).to(ACC)
+    return tau
 
 
 @triton.jit
@@ -62,14 +71,8 @@ def dist_rows_kernel(
     T2: tl.constexpr, CLAMP: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = row < rows
-    live = inside
-    if valid is not None:
-        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
-    tau = tl.full((1, 1), temperature, ACC)
-    if temperatures is not None:
-        tau = tl.zeros((1, 1), ACC) + tl.load(temperatures).to(ACC)
+    row, inside, live = rows_of_program(rows, valid, ROWS)
+    tau = _temperature(temperatures, temperature, ACC)
     scale = tl.full((1, 1), weight, ACC)
     if T2:
         scale *= tau * tau
@@ -133,9 +136,7 @@ def dist_columns_kernel(
     start = tl.program_id(0) * TILE
     column = start + tl.arange(0, TILE)
     within = column < CLASSES
-    tau = tl.full((1, 1), temperature, ACC)
-    if temperatures is not None:
-        tau = tl.zeros((1, 1), ACC) + tl.load(temperatures).to(ACC)
+    tau = _temperature(temperatures, temperature, ACC)
     inv = 1 / tau
     stride = rows.to(tl.int64)
     number = rows.to(ACC)
@@ -226,14 +227,8 @@ def dist_gradient_kernel(
     SIDE: tl.constexpr, HALF: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = row < rows
-    live = inside
-    if valid is not None:
-        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
-    tau = tl.full((1, 1), temperature, ACC)
-    if temperatures is not None:
-        tau = tl.zeros((1, 1), ACC) + tl.load(temperatures).to(ACC)
+    row, inside, live = rows_of_program(rows, valid, ROWS)
+    tau = _temperature(temperatures, temperature, ACC)
     inv = 1 / tau
     stride = rows.to(tl.int64)
     at = stats + row

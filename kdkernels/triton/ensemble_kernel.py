@@ -21,6 +21,7 @@ import triton.language as tl
 from kdkernels.triton.divergences import terms
 from kdkernels.triton.layout import row_start
 from kdkernels.triton.math import log1p, minus_log1p
+from kdkernels.triton.rows import numbers_of_rows, rows_of_program
 from kdkernels.triton.rowwise.cross_entropy import label_probabilities, store_student
 from kdkernels.triton.sweep import (
     HALF_BOOST,
@@ -144,25 +145,12 @@ def ensemble_kernel(
 ):  # fmt: skip
     TEACHER_SIDE: tl.constexpr = grad_teachers is not None or row_grads is not None
 
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = row < rows
-    live = inside
-    if valid is not None:
-        live = inside & (tl.load(valid + row, mask=inside, other=0) != 0)
-    weight = tl.full((1, 1), 1.0, ACC)
-    if row_weight is not None:
-        weight = tl.load(row_weight + row, mask=inside, other=0)
-    tau_s = tl.full((1, 1), temperature, ACC)
-    if temperatures is not None:
-        tau_s = tl.load(temperatures + (row * 0 if SCALAR_S else row), mask=inside, other=1)
-    tau_t = tl.full((1, 1), teacher_temperature, ACC)
-    if teacher_temperatures is not None:
-        tau_at = row * 0 if SCALAR_T else row
-        tau_t = tl.load(teacher_temperatures + tau_at, mask=inside, other=1)
+    row, inside, live = rows_of_program(rows, valid, ROWS)
+    weight, norm, tau_s, tau_t = numbers_of_rows(
+        row, inside, row_weight, temperatures, teacher_temperatures, count, temperature,
+        teacher_temperature, normaliser, SCALAR_S, SCALAR_T, ACC,
+    )  # fmt: skip
     inv_s, inv_t = 1 / tau_s, 1 / tau_t
-    norm = tl.full((1, 1), normaliser, ACC)
-    if count is not None:
-        norm = norm / tl.maximum(tl.load(count), 1).to(ACC)
     out = weight * norm
     scale = tl.full((1, 1), kd_weight, ACC) * (tau_s * tau_s if T2 else 1.0)
     ce = tl.full((1, 1), ce_weight, ACC)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from kdkernels.triton.layout import row_start
 from kdkernels.triton.math import expm1_minus, log1p
+from kdkernels.triton.rows import rows_of_program
 from kdkernels.triton.sweep import (
     centred,
     exp_change,
@@ -40,11 +41,7 @@ def mlkd_softmax_kernel(
     BEGIN: tl.constexpr, ACC: tl.constexpr, CLASSES: tl.constexpr, UNIT: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = row < rows
-    live = inside
-    if valid is not None:
-        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
+    row, inside, live = rows_of_program(rows, valid, ROWS)
     tau = tl.full((1, 1), temperature, ACC)
     inv = 1 / tau
     s_row = student + row_start(row, s_inner, s_outer, s_stride, UNIT)
@@ -130,11 +127,7 @@ def mlkd_dots_kernel(
     TEMPERATURES: tl.constexpr, OF_TEACHER: tl.constexpr, ACC: tl.constexpr,
     CLASSES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = row < rows
-    live = inside
-    if valid is not None:
-        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
+    row, inside, live = rows_of_program(rows, valid, ROWS)
     size = rows.to(tl.int64) * CLASSES
     bound = tl.zeros((ROWS, 1), ACC)
     if not OF_TEACHER:
@@ -163,11 +156,7 @@ def mlkd_gradient_kernel(
     TEMPERATURES: tl.constexpr, OF_TEACHER: tl.constexpr, ACC: tl.constexpr,
     CLASSES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = row < rows
-    live = inside
-    if valid is not None:
-        live = inside & tl.load(valid + row, mask=inside, other=0).to(tl.int1)
+    row, inside, live = rows_of_program(rows, valid, ROWS)
     size = rows.to(tl.int64) * CLASSES
     if not OF_TEACHER:
         weight = tl.load(row_weight + row, mask=live, other=0.0)

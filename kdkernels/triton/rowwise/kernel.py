@@ -18,6 +18,7 @@ import triton.language as tl
 from kdkernels.triton.divergences import gradients, renyi_grow, renyi_log_sum, terms
 from kdkernels.triton.layout import row_start
 from kdkernels.triton.math import log1p
+from kdkernels.triton.rows import numbers_of_rows, rows_of_program
 from kdkernels.triton.rowwise.cross_entropy import (
     label_probabilities,
     store_student,
@@ -90,26 +91,13 @@ def rowwise_kernel(
     BOUNDED: tl.constexpr = (SUMLESS and grad_teacher is None) or KIND == "tv" or KIND == "js"
     LAST_PHASE: tl.constexpr = 1 if STANDARDIZE else 0
 
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    inside = row < rows
-    live = inside
-    if valid is not None:
-        live = inside & (tl.load(valid + row, mask=inside, other=0) != 0)
-    weight = tl.full((1, 1), 1.0, ACC)
-    if row_weight is not None:
-        weight = tl.load(row_weight + row, mask=inside, other=0)
-    tau_s = tl.full((1, 1), temperature, ACC)
-    if temperatures is not None:
-        tau_s = tl.load(temperatures + (row * 0 if SCALAR_S else row), mask=inside, other=1)
-    tau_t = tl.full((1, 1), teacher_temperature, ACC)
-    if teacher_temperatures is not None:
-        at = row * 0 if SCALAR_T else row
-        tau_t = tl.load(teacher_temperatures + at, mask=inside, other=1)
+    row, inside, live = rows_of_program(rows, valid, ROWS)
+    weight, norm, tau_s, tau_t = numbers_of_rows(
+        row, inside, row_weight, temperatures, teacher_temperatures, count, temperature,
+        teacher_temperature, normaliser, SCALAR_S, SCALAR_T, ACC,
+    )  # fmt: skip
     per_tau_s, per_tau_t = 1 / tau_s, 1 / tau_t
     inv_s, inv_t = per_tau_s, per_tau_t  # of standardised rows, by the deviation too
-    norm = tl.full((1, 1), normaliser, ACC)
-    if count is not None:
-        norm = norm / tl.maximum(tl.load(count), 1).to(ACC)
     out = weight * norm
     kd = tl.full((1, 1), kd_weight, ACC)
     ce = tl.full((1, 1), ce_weight, ACC)

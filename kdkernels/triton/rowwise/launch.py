@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kdkernels import ops
-from kdkernels.divergences import KINDS, REDUCTIONS, TARGETS, Choices, Numbers
+from kdkernels.divergences import KINDS, TARGETS, Choices, Numbers
 from kdkernels.ops.rowwise import (
     GRAD_PARTS,
     GRAD_ROWS,
@@ -18,7 +16,9 @@ from kdkernels.ops.rowwise import (
     compute_dtype,
 )
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
-from kdkernels.triton.layout import addressable, common_unit, options, row_layout, tile
+from kdkernels.triton.layout import addressable
+from kdkernels.triton.rows import arguments as row_arguments
+from kdkernels.triton.rows import labels_and_valid, run
 from kdkernels.triton.rowwise.kernel import rowwise_kernel
 
 
@@ -38,69 +38,29 @@ def arguments(
 ) -> dict:
     """Everything a launch takes but the grid, outputs included."""
     classes = student.shape[-1]
-    rows = student.numel() // classes
     dtype = compute_dtype(student, teacher)
-    shape = tile(classes, dtype)
-    ce = numbers.ce_weight != 0
-    probabilities = ce and labels.dtype != torch.int64
-    s_layout, t_layout = row_layout(student), row_layout(teacher)
-    l_layout = row_layout(labels) if probabilities else s_layout
-    unit = common_unit(s_layout, t_layout, l_layout)
-    same = numbers.teacher_temperature == 0
-    if same:
-        numbers = numbers._replace(teacher_temperature=numbers.temperature)
-        teacher_temperatures = temperatures
-    reduction = REDUCTIONS[choices.reduction]
+    common = row_arguments(
+        student, teacher, labels, valid, row_weight, temperatures, teacher_temperatures, numbers,
+        choices, 0 if inplace else grads, dtype,
+    )  # fmt: skip
     first, last = choices.first, choices.first + (choices.width or classes)
-    divisor = last - first if reduction == "mean" else 1
-    count = None
-    if reduction in ("batchmean", "mean"):
-        if valid is None:
-            divisor *= max(rows, 1)
-        else:
-            count = valid.sum()
     # Without its weight the divergence is not looked at, and no target either.
     kd = numbers.kd_weight != 0 or numbers.target_weight != 0
     target = TARGETS[choices.target] if kd else "ordinary"
     narrow = teacher.shape[-1] != classes
     parts = bool(grads & GRAD_PARTS)
-    grad_student = None
-    if grads & GRAD_STUDENT:
-        grad_student = student if inplace else student.new_empty(student.shape)
-    return {
-        "student": student,
+    if inplace and grads & GRAD_STUDENT:
+        common["grad_student"] = student
+    row_grads = None
+    if grads & GRAD_ROWS:
+        row_grads = student.new_empty((6 if parts else 4, common["rows"]), dtype=dtype)
+    return common | {
         "teacher": teacher,
-        "labels": labels if ce else None,
         "targets": None if target == "ordinary" else labels if targets is None else targets,
-        "valid": valid,
-        "row_weight": row_weight,
-        "temperatures": temperatures,
-        "teacher_temperatures": teacher_temperatures,
-        "count": count,
-        "loss": student.new_empty(rows, dtype=dtype),
-        "grad_student": grad_student,
         "grad_teacher": teacher.new_empty(teacher.shape) if grads & GRAD_TEACHER else None,
-        "row_grads": (
-            student.new_empty((6 if parts else 4, rows), dtype=dtype) if grads & GRAD_ROWS else None
-        ),
-        "rows": rows,
-        **{
-            f"{side}_{name}": value
-            for side, layout in (("s", s_layout), ("t", t_layout), ("l", l_layout))
-            for name, value in (
-                ("inner", layout.inner),
-                ("outer_stride", layout.outer_stride // unit),
-                ("inner_stride", layout.inner_stride // unit),
-            )
-        },
-        "temperature": numbers.temperature,
-        "teacher_temperature": numbers.teacher_temperature,
-        "kd_weight": numbers.kd_weight,
-        "ce_weight": numbers.ce_weight,
-        "smoothing": numbers.label_smoothing,
+        "row_grads": row_grads,
         "target_weight": numbers.target_weight,
         "target_temperature": numbers.target_temperature,
-        "normaliser": 1.0 / divisor,
         "KIND": KINDS[choices.kind],
         "ALPHA": numbers.alpha,
         "BETA": numbers.beta,
@@ -111,23 +71,10 @@ def arguments(
         "T_FIRST": first if narrow else 0,
         "T_LAST": last if narrow else classes,
         "KD": kd,
-        "CE": ce,
-        "PROBABILITIES": probabilities,
         # Standardised, the rows have temperatures of their own.
-        "SAME": same and not choices.standardize,
-        "T2": bool(choices.t2),
-        "SCALAR_S": temperatures is not None and temperatures.numel() == 1,
-        "SCALAR_T": teacher_temperatures is not None and teacher_temperatures.numel() == 1,
+        "SAME": common["SAME"] and not choices.standardize,
         "PARTS": parts,
-        "HALF_S": student.dtype == torch.float16,
-        "HALF_T": teacher.dtype == torch.float16,
         "INPLACE": inplace,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "CLASSES": classes,
-        "UNIT": unit,
-        "ROWS": shape.rows,
-        "TILE": shape.classes,
-        **options(shape),
     }
 
 
@@ -137,24 +84,13 @@ def _launch(
 ):  # fmt: skip
     """Run the kernel; return its outputs, those not asked for of size 0."""
     numbers, choices = Numbers(*numbers), Choices(*choices)
-    valid = mask
-    if labels is not None and labels.dtype == torch.int64:
-        counts = labels != choices.ignore_index
-        valid = counts if mask is None else mask & counts
-    elif labels is not None:
-        labels = addressable(labels)
+    labels, valid = labels_and_valid(labels, mask, choices.ignore_index)
     with torch.cuda.device_of(student):
         launch = arguments(
             addressable(student), addressable(teacher), labels, valid, row_weight,
             temperatures, teacher_temperatures, targets, numbers, choices, grads, inplace,
         )  # fmt: skip
-        if launch["rows"]:
-            rowwise_kernel[(triton.cdiv(launch["rows"], launch["ROWS"]),)](**launch)
-    loss = launch["loss"]
-    loss = loss.view(student.shape[:-1]) if REDUCTIONS[choices.reduction] == "none" else loss.sum()
-    outputs = (launch[name] for name in ("grad_student", "grad_teacher", "row_grads"))
-    empties = (student.new_empty(0), teacher.new_empty(0), launch["loss"].new_empty(0))
-    return loss, *(x if x is not None else e for x, e in zip(outputs, empties, strict=True))
+        return run(rowwise_kernel, launch, teacher, choices, "grad_teacher")
 
 
 def _rowwise(*args):
