@@ -38,7 +38,7 @@ def attention_transfer(
         ``"torchdistill"``: the paper's text: the mean over samples of ``|a_student - a_teacher|``,
         not squared, of channel sums (which normalise to the same).
 
-    A map of zeros has attention 0, and no gradient where ``power > 1``.
+    A map of zeros has attention 0, and no gradient.
     """
     name = "attention_transfer"
     checks.choice(
@@ -75,7 +75,8 @@ def ft_loss(
         with 2 the mean over samples of ``|f_student - f_teacher|`` (``"sum"``: their sum).
         ``"mmrazor"``: the same with ``distance_power=1``.
 
-    Where the suites divide by a norm without an eps, a factor of zeros is NaN; here it stays 0.
+    Where the suites divide by a norm without an eps, a factor of zeros is NaN; here it stays 0,
+    without a gradient.
     """
     name = "ft_loss"
     checks.choice(name, "compat", compat, ("paper", "repdistiller", "torchdistill", "mmrazor"))
@@ -102,17 +103,21 @@ def _distance(name, student, teacher, power, distance, reduction, backend) -> Te
     total = 0.0
     for s, t in features.stages(name, student, teacher):
         features.pair(name, s, t, shape="(B, C, H, W)", same=(0,))
-        backend_ = backends.select("maps.spatial_attention", s.device.type, backend, name)
         s, t = features.same_size(s, t)
         samples, _, height, width = s.shape
         terms = 1 if reduction == "sum" else max(samples, 1)
         if reduction == "mean" and distance != "norm":
             terms *= height * width
-        kind = DISTANCES.index(distance)
-        if backend_ == "reference":
-            total = total + reference.maps.spatial_attention(s, t, power, kind) / terms
-        else:
-            total = total + ops.maps.spatial_attention.spatial_attention(
-                name, backend_, s, t, power, kind, terms
-            )
+        total = total + sample_distances(name, s, t, power, distance, 1 / terms, backend)
     return total
+
+
+def sample_distances(name, student, teacher, power, distance, factor, backend) -> Tensor:
+    """The sum over samples of the distance of their maps (B, C, H, W), times ``factor``."""
+    backend = backends.select("maps.spatial_attention", student.device.type, backend, name)
+    kind = DISTANCES.index(distance)
+    if backend == "reference":
+        return factor * reference.maps.spatial_attention(student, teacher, power, kind)
+    return ops.maps.spatial_attention.spatial_attention(
+        name, backend, student, teacher, power, kind, factor
+    )

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from kdkernels import checks
 from kdkernels.functional.maps.elementwise import each_stage, mean, run, same_shape
-from kdkernels.ops.features import compute_dtype
+from kdkernels.functional.maps.spatial_attention import sample_distances
 
 Maps = Tensor | Sequence[Tensor]
 
@@ -147,7 +147,8 @@ def l2_loss(
     """Squared distance of maps, of every sample scaled to one length, as mmrazor's ``L2Loss``.
 
     ``sum (s - t)^2 / B`` where s and t are ``scale`` times the features (B, C, ...) over their norm
-    (of a sample; a sample of zeros stays zero). With ``root``, the square root of the sum instead.
+    (of a sample, at least 1e-12). With ``root``, the square root of the sum instead. A sample of
+    zeros stays zero, and has no gradient.
 
     Args:
         normalize: without it, the features are taken as they are, and ``scale`` is not used.
@@ -159,18 +160,22 @@ def l2_loss(
     for argument, value in (("normalize", normalize), ("root", root), ("by_element", by_element)):
         checks.flag(name, argument, value)
     scale = checks.number(name, "scale", scale)
-    factor = 2 * mean(name, reduction, student.numel() if by_element else len(student))
+    factor = mean(name, reduction, student.numel() if by_element else len(student))
+    if root:
+        factor = 1.0
     if normalize:
-        dtype = compute_dtype(student, teacher)
-        student, teacher = (_unit(x.to(dtype)) for x in (student, teacher))
-        factor *= scale**2
+        vectors = _vectors(student, teacher)
+        total = sample_distances(name, *vectors, 1, "squared", factor * scale**2, backend)
+    else:
+        total = run(name, "square", student, teacher, None, 2 * factor, backend)
     if not root:
-        return run(name, "square", student, teacher, None, factor, backend)
-    total = run(name, "square", student, teacher, None, 2 * scale**2 if normalize else 2.0, backend)
+        return total
     return torch.where(total > 0, torch.where(total > 0, total, 1.0).sqrt(), total)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Each sample over its norm; zeros stay zero, with a zero gradient."""
-    norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
-    return x * torch.where(norm > 0, 1 / torch.where(norm > 0, norm, 1.0), 0.0)
+def _vectors(student: Tensor, teacher: Tensor) -> Iterable[Tensor]:
+    """Samples as maps (B, 1, N, 1); no copy where both have one layout."""
+    last = torch.channels_last
+    if student.dim() == 4 and all(x.is_contiguous(memory_format=last) for x in (student, teacher)):
+        student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
+    return (x.flatten(1)[:, None, :, None] for x in (student, teacher))

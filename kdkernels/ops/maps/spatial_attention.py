@@ -17,10 +17,10 @@ features.define("spatial_attention", "student", "teacher")
 
 def spatial_attention(
     function: str, backend: str, student: Tensor, teacher: Tensor, power: int, distance: int,
-    terms: int,
+    factor: float,
 ) -> Tensor:  # fmt: skip
-    """The sum over samples of the maps' distances, divided by ``terms``."""
+    """The sum over samples of the maps' distances, times ``factor``."""
     return features.call(
         function, "maps.spatial_attention", backend, (packed(student), packed(teacher)),
-        1.0 / terms, choices=(power, distance),
+        factor, choices=(power, distance),
     )  # fmt: skip

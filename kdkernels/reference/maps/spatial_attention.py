@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,4 +25,5 @@ def spatial_attention(student: Tensor, teacher: Tensor, power: int, distance: in
 def _normalised(maps: Tensor, power: int) -> Tensor:
     attention = maps.pow(power).mean(1).flatten(1)
     norm = torch.linalg.vector_norm(attention, dim=1, keepdim=True)
-    return attention / norm.clamp(min=_EPS)
+    # Zeros are over infinity: they stay zero, and without a gradient.
+    return attention / norm.clamp(min=_EPS).masked_fill(norm == 0, math.inf)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention transfer and factor transfer: a distance of normalised attention maps.
+// Attention transfer and factor transfer: a distance of normalised attention maps. With one channel
+// and power 1, that of normalised samples.
 //
 // Fuses the power, the mean over channels, the normalisation, the distance and the gradients to both
 // maps. A sample is read twice, the second time from L2 where it fits (262 kB are 64 channels of
@@ -11,6 +12,18 @@ KD_FN V raised(V x, int64_t power) {
   V result = x;
   for (int64_t i = 1; i < power; i++) result *= x;
   return result;
+}
+
+// The sum over positions of f(position, w), a vector of them.
+template <class V, class F>
+KD_FN double sum_over(int64_t positions, const F& f) {
+  double total = 0;
+  for_blocks(positions, [&](int64_t first, int n) {
+    V sums{};
+    sweep<V>(n, [&](int i, auto w) { sums += f(first + i, w); });
+    total += sum(sums);
+  });
+  return total;
 }
 
 // mean_c F^power of sample b, (P,); returns its Euclidean norm.
@@ -45,7 +58,15 @@ KD_FN double attention_of(const Maps& maps, int64_t b, int64_t power, S* out) {
     });
   }
   double square = 0;
-  for (int64_t p = 0; p < positions; p++) square += (double)out[p] * out[p];
+  for_blocks(positions, [&](int64_t first, int n) {
+    // In double, since squares of large attention are beyond fp32.
+    alignas(64) double wide[block];
+    for (int i = 0; i < n; i++) wide[i] = out[first + i];
+    square += sum_over<vd>(n, [&](int64_t i, auto w) {
+      const vd x = read<vd>(wide + i, w, 0.0);
+      return x * x;
+    });
+  });
   return __builtin_sqrt(square);
 }
 
@@ -92,14 +113,14 @@ KD_FN void attention_sample(const SpatialAttentionParams& p, int64_t b, S* maps)
     const S inverse = S(1 / (norm[side] > eps ? norm[side] : eps));
     for (int64_t i = 0; i < positions; i++) a[side][i] *= inverse;
   }
-  double loss = 0;
-  if (p.distance == absolute)
-    for (int64_t i = 0; i < positions; i++) loss += __builtin_fabs((double)a[0][i] - a[1][i]);
-  else
-    for (int64_t i = 0; i < positions; i++) {
-      const double d = (double)a[0][i] - a[1][i];
-      loss += d * d;
-    }
+  using V = typename VectorOf<S>::V;
+  const auto difference = [&](int64_t i, auto w) {
+    return read<V>(a[0] + i, w, S(0)) - read<V>(a[1] + i, w, S(0));
+  };
+  double loss = sum_over<V>(positions, [&](int64_t i, auto w) {
+    const V d = difference(i, w);
+    return p.distance == absolute ? magnitude(d) : d * d;
+  });
   if (p.distance == norm_of_it) loss = __builtin_sqrt(loss);
   p.sample_loss[b] = loss;
 
@@ -108,18 +129,19 @@ KD_FN void attention_sample(const SpatialAttentionParams& p, int64_t b, S* maps)
   for (int side = 0; side < 2; side++) {
     if (!grads[side]->rows.data) continue;
     const double sign = side ? -unit : unit;
-    double along = 0;  // of the gradient to a, on a: normalising takes it away
-    for (int64_t i = 0; i < positions; i++) {
-      const double d = (double)a[0][i] - a[1][i];
-      const double to_a = sign * (p.distance == absolute ? (d > 0) - (d < 0) : d);
-      g[side][i] = (S)to_a;
-      along += to_a * a[side][i];
-    }
+    // Of the gradient to a, on a: normalising takes it away.
+    const double on_a = sum_over<V>(positions, [&](int64_t i, auto w) {
+      const V d = difference(i, w), zero{}, one = all<V>(S(1));
+      const V step = select(d > zero, one, select(d < zero, -one, zero));
+      const V to_a = (p.distance == absolute ? step : d) * S(sign);
+      write<V>(g[side] + i, w, to_a);
+      return to_a * read<V>(a[side] + i, w, S(0));
+    });
     const bool clamped = !(norm[side] > eps);
-    const double inverse = 1 / (clamped ? eps : norm[side]);
-    if (clamped) along = 0;
+    const S along = S(clamped ? 0 : on_a);
+    const S inverse = S(norm[side] == 0 ? 0 : 1 / (clamped ? eps : norm[side]));
     for (int64_t i = 0; i < positions; i++)
-      g[side][i] = (S)((g[side][i] - along * a[side][i]) * inverse);
+      g[side][i] = (g[side][i] - along * a[side][i]) * inverse;
     emit_attention(*given[side], *grads[side], b, p.power, g[side]);
   }
 }
