@@ -56,6 +56,19 @@ def test_batch_normalisation_is_folded_but_for_what_is_tapped(name):
     assert len(norms) == sum(type(module) is nn.BatchNorm2d for module in network.modules())
 
 
+def test_folding_rounds_at_the_runs_precision():
+    torch.manual_seed(0)
+    network = build_model("resnet8", SHAPE, 10)
+    images = torch.randn(4, 1, 8, 8)
+    network(images)
+    fabric = Fabric(accelerator="cpu", devices=1, precision="64-true")
+    teacher = Teachers(fabric, [network], [()])[0].network
+    assert not any(type(module) is nn.BatchNorm2d for module in teacher.modules())
+    with torch.no_grad():
+        expected, found = (model(images.double()) for model in (network, teacher.network))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_what_has_no_batch_normalisation_is_not_copied():
     network = build_model("mlp8", SHAPE, 10)
     assert folded(network) is network

@@ -54,8 +54,10 @@ class Teachers(nn.ModuleList):
     def __init__(
         self, fabric: Fabric, networks: Sequence[nn.Module], taps: Sequence[Sequence[str]]
     ) -> None:
+        # Before they are folded: what is rounded to float32 stays so in float64.
+        convert = fabric.strategy.precision.convert_module
         super().__init__(
-            Teacher(fabric, folded(network.eval(), paths), paths)
+            Teacher(fabric, folded(convert(network.eval()), paths), paths)
             for network, paths in zip(networks, taps, strict=True)
         )
 
