@@ -63,6 +63,31 @@ def test_features_that_do_not_pair_are_refused():
         step_of("at", teacher="ResNet18")
 
 
+def test_places_that_a_method_cannot_use_are_refused():
+    with pytest.raises(InputError, match="no features where the literature compares them: name"):
+        step_of("fitnet", student="mlp8", teacher="mlp16")
+    stages = ["stages.0", "stages.1"]
+    with pytest.raises(InputError, match=r"--method crd: compares one place of either network"):
+        step_of("crd", student_taps=stages, teacher_taps=stages)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("at", r"--method at: teacher: expected maps \(B, C, H, W\), got features \(2, 16\)"),
+        ("fitnet", r"--method fitnet: ConvReg: teacher_shape must be .*, got \(2, 16\)"),
+    ],
+)
+def test_features_of_a_wrong_shape_are_refused_before_a_teacher_is_trained(tmp_path, name, message):
+    out = tmp_path / "run"
+    config = Config(
+        method=name, student="convnet4", teacher="mlp16", accelerator="cpu", out=str(out)
+    )
+    with pytest.raises(InputError, match=message):
+        run(config, {"student_taps": ["stages.1"], "teacher_taps": ["2"]})
+    assert not out.exists()
+
+
 def test_fitnet_projects_the_student_to_the_teachers_shape():
     method, batch, student, teachers = step_of("fitnet")
     (hint,) = (project(student.features["stages.1"]) for project in method.regressors)

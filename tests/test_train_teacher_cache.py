@@ -170,7 +170,7 @@ def test_images_that_are_no_views_go_to_the_teacher(data, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_whatever_decides_an_output_is_in_the_key(data, tmp_path):
+def test_whatever_decides_an_output_is_in_the_key(data, tmp_path, monkeypatch):
     torch.manual_seed(1)
     other = build_model("convnet4", data.shape, 10)
     alike = build_model("convnet4", data.shape, 10)
@@ -191,6 +191,7 @@ def test_whatever_decides_an_output_is_in_the_key(data, tmp_path):
         make(data, tmp_path, form=Form("fp16")),
         make(data, tmp_path, form=Form("fp32", 3, 4.0)),
         make(data, tmp_path, form=Form("fp32", 3, 2.0)),
+        make(replace(data, mean=data.mean + 1), tmp_path),
     ]
     assert len({cache.folders[0] for cache in caches}) == len(caches)
     same = [
@@ -199,6 +200,10 @@ def test_whatever_decides_an_output_is_in_the_key(data, tmp_path):
         make(data, tmp_path, distinct_views=4, mixup=0.2),
     ]
     assert {cache.folders[0] for cache in same} == {caches[0].folders[0]}
+    half = make(data, tmp_path, form=Form("fp16")).folders
+    monkeypatch.setattr(torch, "__version__", "another")
+    assert make(data, tmp_path).folders != caches[0].folders
+    assert make(data, tmp_path, form=Form("fp16")).folders == half
 
 
 def build_first(data):
@@ -258,6 +263,18 @@ def test_a_teacher_that_only_its_code_tells_apart_is_noticed(data, tmp_path):
     changed = make(data, tmp_path, network=network)
     with pytest.raises(InputError, match=r"logits.npy: stale teacher cache: not what the teacher"):
         changed.fill([0], [0])
+
+
+def test_classes_that_a_teacher_rules_out_are_found_again(data, tmp_path):
+    def network():
+        first = build_first(data)
+        first.classifier.bias.data[3] = -torch.inf
+        return first
+
+    make(data, tmp_path, network=network()).fill([0], [0])
+    cached = make(data, tmp_path, network=network())
+    cached.fill([0], [0])
+    assert cached.cost["teacher_cache"]["views_made"] == 0
 
 
 KILL = """
@@ -330,7 +347,7 @@ def test_what_a_cache_cannot_do_is_refused(teacher_file, tmp_path, capsys, argum
     )
     assert main([*common.split(), *arguments.split()]) == 1
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "x").exists()
 
 
 def test_options_of_a_cache_need_one():

@@ -122,7 +122,8 @@ class Config:
             if value is not None and not value > 0:
                 raise InputError(f"{option(name)}: expected a number above 0, got {value}")
         for name in (
-            "weight_decay", "clip_norm", "ema", "checkpoint_every", "mixup", "augment_seed"
+            "weight_decay", "clip_norm", "ema", "checkpoint_every", "mixup", "augment_seed",
+            "teacher_seed", "split_seed",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= 0:

@@ -23,11 +23,12 @@ from torch import nn
 
 import kdkernels
 from kdkernels import backends
-from kdkernels.train import checkpoint, report
+from kdkernels.train import checkpoint, report, teacher_cache
 from kdkernels.train.config import Config, option
 from kdkernels.train.data import Dataset, load_data
 from kdkernels.train.devices import make_fabric, on_first, predict_together
 from kdkernels.train.errors import InputError
+from kdkernels.train.learner import dry_run
 from kdkernels.train.logs import require_tensorboard
 from kdkernels.train.loop import fit
 from kdkernels.train.methods import METHODS, Composite, Method, Run
@@ -35,7 +36,7 @@ from kdkernels.train.metrics import accuracy, summarise
 from kdkernels.train.models import build_model
 from kdkernels.train.state import whole
 from kdkernels.train.taps import Tapped
-from kdkernels.train.teachers import Teacher
+from kdkernels.train.teachers import Teacher, Teachers
 
 
 def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     # What each teacher learns: all classes, or those it is a specialist of.
     parts = [data.only(classes) for classes in method.specialities(len(data.classes))]
     teachers = given_teachers(config, data.shape, parts)
-    rehearse(method, config, data, parts, [model for _, model in teachers])
+    rehearse(fabric, method, config, data, parts, [model for _, model in teachers])
 
     results = {"config": record, "environment": kdkernels.info()}
     out = Path(config.out or f"runs/{data.name}-{config.method}-{config.student}")
@@ -115,6 +116,7 @@ def given_teachers(
 
 
 def rehearse(
+    fabric: Fabric,
     method: Method,
     config: Config,
     data: Dataset,
@@ -130,9 +132,9 @@ def rehearse(
     method.begin(Run(data, steps, steps_per_epoch))
     trained = method.wrap(student)
     student_taps, *teacher_taps = method.taps(trained, teachers)
-    Tapped(trained, student_taps, what="student")
-    for teacher, taps in zip(teachers, teacher_taps, strict=True):
-        Tapped(teacher, taps, what="teacher")
+    network = Tapped(trained, student_taps, what="student")
+    dry_run(method, network, Teachers(fabric, teachers, teacher_taps), data, fabric)
+    teacher_cache.form_of(method, config, len(data.classes))
 
 
 def require_backend(backend: str, device_type: str) -> None:

@@ -59,17 +59,7 @@ def prepare(
     teachers: Teachers, method: Method, batches: Batches, config: Config, last_step: int
 ) -> CachedTeachers:
     """The teachers with all that ``method`` will ask them until ``last_step`` on disk."""
-    form = Form(config.cache_dtype)
-    if config.cache_topk:
-        classes = len(batches.data.classes)
-        if method.top_k_temperature is None:
-            raise InputError(f"--cache-topk: --method {config.method} needs all of the logits")
-        if config.cache_topk > classes:
-            raise InputError(
-                f"--cache-topk: expected at most {classes}, the number of classes, "
-                f"got {config.cache_topk}"
-            )
-        form = Form(config.cache_dtype, config.cache_topk, method.top_k_temperature)
+    form = form_of(method, config, len(batches.data.classes))
     cached = CachedTeachers(teachers, batches, Path(config.teacher_cache), form)
     epochs = range(math.ceil(last_step / batches.per_epoch))
     asked = {index for epoch in epochs for index in method.teachers(epoch * batches.per_epoch)}
@@ -78,6 +68,20 @@ def prepare(
     made, seconds = cached.cost["teacher_cache"].values()
     report.console.print(f"{config.teacher_cache}: made {made} views in {seconds:.1f} s")
     return cached
+
+
+def form_of(method: Method, config: Config, classes: int) -> Form:
+    """How a run's outputs are kept; refused where its method needs more of them."""
+    if not config.cache_topk:
+        return Form(config.cache_dtype)
+    if method.top_k_temperature is None:
+        raise InputError(f"--cache-topk: --method {config.method} needs all of the logits")
+    if config.cache_topk > classes:
+        raise InputError(
+            f"--cache-topk: expected at most {classes}, the number of classes, got "
+            f"{config.cache_topk}"
+        )
+    return Form(config.cache_dtype, config.cache_topk, method.top_k_temperature)
 
 
 class CachedTeachers:
@@ -188,7 +192,8 @@ class CachedTeachers:
                 continue
             found = torch.from_numpy(arrays[name][: len(expected)])
             expected = expected[: len(found)].cpu().float()
-            if not (found.float() - expected).abs().max() <= STALE * expected.abs().max():
+            room = STALE * expected.nan_to_num(0, 0, 0).abs().max().item()
+            if not torch.allclose(found.float(), expected, rtol=0, atol=room, equal_nan=True):
                 raise InputError(
                     f"{folder / name}.npy: stale teacher cache: not what the teacher gives; "
                     f"delete {folder.parent}"
@@ -201,15 +206,16 @@ def key(teacher: Teacher, batches: Batches, form: Form) -> str:
         "version": VERSION,
         "data": batches.data.digest,
         "rows": digest(batches.data.train.rows),
+        "normalised": [batches.data.mean.tolist(), batches.data.std.tolist()],
         "teacher": network_digest(teacher.network.network),
         "taps": teacher.network.paths,
         "precision": teacher.precision.precision,
         "augment": str(batches.augment),
         "augment_seed": batches.augment_seed,
-        # Only full precision shows it.
-        "images_at_once": images_at_once(batches) if form.dtype == "fp32" else None,
         "form": form,
     }
+    if form.dtype == "fp32":
+        parts["last_bits"] = images_at_once(batches), batches.device.type, torch.__version__
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

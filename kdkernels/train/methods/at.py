@@ -47,6 +47,15 @@ class AT(FeatureMethod):
     def usual(taps: Taps) -> Sequence[str]:
         return taps.stages
 
+    def setup(self, student_out: Output, teacher_out: Sequence[Output]) -> None:
+        for side, features in zip(
+            ("student", "teacher"), self.features(student_out, teacher_out), strict=True
+        ):
+            if shapes := [tuple(x.shape) for x in features if x.ndim != 4]:
+                raise InputError(
+                    f"--method at: {side}: expected maps (B, C, H, W), got features {shapes[0]}"
+                )
+
     def weights(self, step: int) -> Mapping[str, float]:
         return {"at": self.at_weight}
 

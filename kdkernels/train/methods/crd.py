@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdkernels import CRDLoss
@@ -60,6 +60,14 @@ class CRD(FeatureMethod):
     @staticmethod
     def usual(taps: Taps) -> Sequence[str]:
         return (taps.pooled,)
+
+    def taps(self, student: nn.Module, teachers: Sequence[nn.Module]) -> list[Sequence[str]]:
+        taps = super().taps(student, teachers)
+        if len(self.student_taps) > 1:
+            raise InputError(
+                f"--method crd: compares one place of either network, got {self.student_taps}"
+            )
+        return taps
 
     def setup(self, student_out: Output, teacher_out: Sequence[Output]) -> None:
         (student,), (teacher,) = self.features(student_out, teacher_out)

@@ -46,6 +46,11 @@ class FeatureMethod(Method):
                 f"the student's features {student_taps} and the teacher's {teacher_taps} do not "
                 f"pair: name as many of either by --student-taps and --teacher-taps"
             )
+        if not student_taps:
+            raise InputError(
+                "student and teacher have no features where the literature compares them: name "
+                "those wanted by --student-taps and --teacher-taps"
+            )
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
         return [student_taps, teacher_taps, *[()] * (len(teachers) - 1)]
 

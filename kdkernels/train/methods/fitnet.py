@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from kdkernels import functional as KF
 from kdkernels.modules.projectors import ConvReg
 from kdkernels.train.data import Batch
+from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Output
 from kdkernels.train.methods.features import FeatureMethod
 from kdkernels.train.models import Taps
@@ -46,7 +47,10 @@ class FitNet(FeatureMethod):
 
     def setup(self, student_out: Output, teacher_out: Sequence[Output]) -> None:
         pairs = zip(*self.features(student_out, teacher_out), strict=True)
-        self.regressors = nn.ModuleList(ConvReg(s.shape, t.shape) for s, t in pairs)
+        try:
+            self.regressors = nn.ModuleList(ConvReg(s.shape, t.shape) for s, t in pairs)
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"--method fitnet: {error}") from error
 
     def weights(self, step: int) -> Mapping[str, float]:
         return {"hint": self.hint_weight}
