@@ -43,8 +43,9 @@ class Method(nn.Module):
     and left out of the exported model.
 
     ``ce_weight`` is the weight of the cross-entropy in its loss: 0 where another method that it is
-    composed with has it already. Without ``needs_teacher``, a teacher is only measured against;
-    what is not ``composable`` goes with no other method.
+    composed with has it already. Without ``needs_teacher``, a teacher is only measured against.
+    What is not ``composable`` goes with no other method: what wraps the student, chooses batches,
+    schedule or the epochs to export, or has specialists, since those hooks do not add up.
 
     ``top_k_temperature`` is the one temperature at which it can learn from a teacher's ``TopK``;
     None if it needs all of the logits.

@@ -80,7 +80,10 @@ class SKD(Method):
 
     @torch.no_grad()
     def measure(self, student: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
-        """Whether the target is simpler than the teacher, and still the teacher's."""
+        """Whether the target is simpler than the teacher, and still the teacher's.
+
+        Where samples attend to samples, all of validation is one batch, unlike those of training.
+        """
         target = self.simplifier(teacher)
 
         def entropy(logits: Tensor) -> float:
