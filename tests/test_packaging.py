@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import kdkernels
+from kdkernels import contract
 
 ROOT = Path(__file__).parents[1]
 BINARY = Path(kdkernels.__file__).with_name("_C_cpu.so")
@@ -112,6 +113,30 @@ def test_wheel_without_a_compiler(tmp_path):
     assert report.count("no fused rowwise kernel for cpu tensors") == 1
     assert "reference the extension was not built" in report
     assert "KDKERNELS_BUILD=0" in report
+
+
+@pytest.mark.skipif(not BINARY.exists(), reason="_C_cpu is not built")
+def test_extensions_of_another_contract_are_not_used(tmp_path):
+    package = tmp_path / "kdkernels"
+    shutil.copytree(BINARY.parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in package.glob("_*.so"):
+        mark = b"kdkernels contract %d." % contract.CONTRACT
+        content = path.read_bytes()
+        assert content.count(mark) == 1
+        path.write_bytes(content.replace(mark, mark.replace(b"contract", b"Contract")))
+    report = python(
+        "import numpy, torch, kdkernels, kdkernels.numpy\n"
+        "print(kdkernels.backends.verdict('rowwise', 'cpu', 'cpu'))\n"
+        "x = torch.ones(2, 3); print(kdkernels.functional.kl_div(x, x))\n"
+        "try: kdkernels.numpy.divergence(x.numpy(), x.numpy())\n"
+        "except RuntimeError as error: print(error)",
+        path=tmp_path,
+    )
+    advice = "was built from other sources than these: rebuild it (make install)"
+    assert f"UserWarning: kdkernels: _C_cpu.so {advice}" in report
+    assert f"Verdict(ok=False, reason='_C_cpu.so {advice}')" in report
+    assert "tensor(0.)" in report
+    assert "divergence: the compiled extension _native cannot be used: _native." in report
 
 
 def test_imports_without_triton():

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from kdkernels import contract
+
 try:
     from kdkernels import _native
+
+    _reason = contract.breach(_native.__file__)
 except ImportError as error:  # pragma: no cover - depends on the installation
-    _native, _reason = None, str(error)
+    _reason = str(error)
 
 FLOATS = (np.float64, np.float32, np.float16)
 _MOST_THREADS = 1024
@@ -16,8 +20,8 @@ _MOST_THREADS = 1024
 
 def native(name: str):
     """The compiled kernels."""
-    if _native is None:
-        raise RuntimeError(f"{name}: the compiled extension _native did not load: {_reason}")
+    if _reason:
+        raise RuntimeError(f"{name}: the compiled extension _native cannot be used: {_reason}")
     return _native
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import torch
+
+from kdkernels import contract
 
 NAMESPACE = "kdkernels"
 _MISSING = {
@@ -26,6 +29,10 @@ def _load(name: str) -> None:
     path = Path(__file__).parents[1] / f"{name}.so"
     if not path.exists():
         _load_errors[name] = _MISSING[name]
+        return
+    if reason := contract.breach(path):
+        _load_errors[name] = reason
+        warnings.warn(f"kdkernels: {reason}", stacklevel=2)
         return
     try:
         torch.ops.load_library(str(path))

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels.h"
 
+#include "../contract.h"
+
 #include <cstdlib>
 #include <cstring>
 

@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "../../kd/contract.h"
 #include "../../kd/cuda/rowwise.h"
 
 namespace {
