@@ -181,7 +181,7 @@ def test_one_process_goes_on_from_the_shards_of_two(pair, teacher):
 @pytest.mark.parametrize(
     "start",
     [
-        ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
         [],
     ],
     ids=["torchrun", "--devices"],
