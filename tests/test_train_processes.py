@@ -114,7 +114,10 @@ def two_processes(rank, port, out, teacher):
     checkpoint.save_state = disk_full
     with pytest.raises(OSError, match="No space left"):
         run(Config(method="ce", **COMMON, out=str(out / "full")))
-    dist.destroy_process_group()
+    dist.barrier()
+    # Gloo's threads do not always survive the end of an interpreter on a busy machine: torch then
+    # aborts. The programs that the test below starts end as any other.
+    os._exit(0)
 
 
 def free_port():
