@@ -14,6 +14,7 @@ from torch import nn
 
 from kdkernels.train import InputError, distill
 from kdkernels.train.data import load_data
+from kdkernels.train.report.cli import main
 
 QUICK = {"accelerator": "cpu", "epochs": 6, "augment": "none"}
 
@@ -74,6 +75,9 @@ def test_a_run_in_a_folder_goes_on(images, tmp_path):
         distill(network(), None, images, method="ce", out=out, **QUICK)
     again = distill(network(), None, images, method="ce", out=out, resume=True, **QUICK)
     assert again["val"] == first["val"] and again["test"] == first["test"]
+    assert main([str(out), "--out", str(tmp_path / "report.html")]) == 0
+    shown = (tmp_path / "report.html").read_text()
+    assert f"{100 * first['test']['accuracy']:.2f}" in shown
 
 
 @pytest.mark.parametrize(

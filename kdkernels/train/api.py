@@ -14,10 +14,18 @@ import numpy as np
 import torch
 from torch import nn
 
+import kdkernels
+from kdkernels.train import checkpoint
 from kdkernels.train.config import Config
 from kdkernels.train.data import Dataset, from_arrays, load_data
 from kdkernels.train.devices import make_fabric, on_first
-from kdkernels.train.experiment import claim, make_method, resolved_options, user_cache
+from kdkernels.train.experiment import (
+    claim,
+    conclude,
+    make_method,
+    resolved_options,
+    user_cache,
+)
 from kdkernels.train.loop import fit
 
 
@@ -46,8 +54,8 @@ def distill(
         method: as for ``--method``.
         options: those of the method, ``{"temperature": 4.0}``.
         seed: of the batches and of what the method draws.
-        out: folder for checkpoint and log; with ``resume=True`` a run goes on there. None keeps
-            nothing.
+        out: folder of the results, as of ``kdkernels train`` but for the model, for ``kdkernels
+            report``; with ``resume=True`` a run goes on there. None keeps nothing.
         **settings: the options of :class:`Config` that are left: ``epochs``, ``lr``, ``ema``, ...
 
     Raises:
@@ -64,9 +72,19 @@ def distill(
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
             return fit(fabric, made, student, teachers, data, config, seed=seed, out=Path(folder))
-    record = config.resolved() | resolved_options(method, options)
-    on_first(fabric, partial(claim, Path(out), record, options, resume=config.resume))
-    return fit(fabric, made, student, teachers, data, config, seed=seed, out=Path(out))
+    out, record = Path(out), config.resolved() | resolved_options(method, options)
+    on_first(fabric, partial(claim, out, record, options, resume=config.resume))
+    folder = out / f"seed-{seed}"
+    folder.mkdir(exist_ok=True)
+    results = {
+        "seed": seed,
+        "model": config.student,
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        **fit(fabric, made, student, teachers, data, config, seed=seed, out=folder),
+    }
+    on_first(fabric, partial(checkpoint.write_json, folder / "results.json", results))
+    conclude(fabric, out, {"config": record, "environment": kdkernels.info()}, [results], config)
+    return results
 
 
 def _dataset(data: Any, config: Config) -> Dataset:

@@ -91,11 +91,22 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     for seed in config.seed:
         method = make_method(config.method, config.backend, options)
         runs.append(train(fabric, method, models, data, config, seed, out / f"seed-{seed}"))
-    results |= {"runs": runs, "summary": summarise(runs)}
+    return conclude(fabric, out, results, runs, config, places if config.teacher else ())
+
+
+def conclude(
+    fabric: Fabric,
+    out: Path,
+    results: Mapping[str, Any],
+    runs: Sequence[Mapping[str, Any]],
+    config: Config,
+    trained: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write, over all seeds, results and curves, those of ``trained`` teachers with them."""
+    results = {**results, "runs": runs, "summary": summarise(runs)}
     on_first(fabric, partial(checkpoint.write_json, out / "results.json", results))
     folders = {config.method: [out / f"seed-{seed}" for seed in config.seed]}
-    if config.teacher:
-        folders |= {place: [out / place] for place in places}
+    folders |= {place: [out / place] for place in trained}
     on_first(fabric, partial(report.plot, out / "curves.png", folders))
     return results
 
