@@ -10,6 +10,7 @@ from torch import nn
 
 from kdkernels.train.data import Batch
 from kdkernels.train.models import build_model
+from kdkernels.train.models.layers import Network
 from kdkernels.train.teachers import Teachers, folded
 
 SHAPE = (8, 8, 1)
@@ -76,5 +77,16 @@ def test_what_has_no_batch_normalisation_is_not_copied():
 
 def test_only_neighbours_are_folded():
     act = nn.ReLU()
-    network = nn.Sequential(nn.Conv2d(1, 2, 3), act, nn.Conv2d(2, 2, 3), act, nn.BatchNorm2d(2))
+    apart = nn.Sequential(nn.Conv2d(1, 2, 3), act, nn.Conv2d(2, 2, 3), act, nn.BatchNorm2d(2))
+    network = Network(apart, [], 2, 10)
+    assert folded(network.eval()) is network
+
+
+def test_a_users_network_is_not_folded():
+    class Between(nn.Sequential):
+        def forward(self, images):
+            inner = self[0][0](images)
+            return self[0][1](inner).mean((2, 3)) + inner.mean((2, 3))
+
+    network = Between(nn.Sequential(nn.Conv2d(1, 10, 3), nn.BatchNorm2d(10)))
     assert folded(network.eval()) is network

@@ -15,6 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdkernels.train.data import Batch
 from kdkernels.train.methods import Output
+from kdkernels.train.models.layers import Network
 from kdkernels.train.taps import Tapped
 
 
@@ -45,7 +46,7 @@ class Teacher(nn.Module):
 class Teachers(nn.ModuleList):
     """What the teachers asked for, by position, make of a batch.
 
-    They answer with their batch normalisations :func:`folded` into their convolutions.
+    Those of the trainer's models answer with their batch normalisations :func:`folded`.
     ``taps`` are for each of the ``networks`` the paths of the modules whose outputs are wanted too.
     """
 
@@ -69,8 +70,11 @@ def folded(network: nn.Module, taps: Sequence[str] = ()) -> nn.Module:
     """The network with its batch normalisations in the convolutions before them, if it has any.
 
     A copy, equal but for rounding. Folded is what stands side by side in an ``nn.Sequential``,
-    unless it is tapped or has hooks, or is more than plain ``Conv2d`` and ``BatchNorm2d``.
+    unless it is tapped or has hooks, or is more than plain ``Conv2d`` and ``BatchNorm2d``. Only in
+    the trainer's own networks: another may use what comes out of a part of a sequence.
     """
+    if not isinstance(network, Network):
+        return network
     copied = copy.deepcopy(network)
     tapped = {tap.partition(":")[0] for tap in taps}
     found = False
