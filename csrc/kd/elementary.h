@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Elementary functions that keep their relative accuracy near 0, of a float, a double or a vector of
 // them. Included by every kernel, inside its own namespace and after its KD_FN, `Lanes`, `all`,
-// `select`, `at_least`, `at_most`, `magnitude`, and the casts `as_integer`, `as_number` and `to_number`.
+// `select`, `at_least`, `at_most`, `magnitude`, `shifted_left` of bits, whatever their sign, and the
+// casts `as_integer`, `as_number` and `to_number`.
 
 // Constants of the two formats, which Lanes<V> has.
 struct Single {
@@ -68,7 +69,7 @@ KD_FN Reduced<V> reduce(V x) {
   const V n = shifted - L::round;
   const V f = (x - n * L::ln2_hi) - n * L::ln2_lo;
   // The low bits of `shifted` are n; at the lowest x, 2^n is 0: exp is exactly 0, expm1 -1.
-  const V power = as_number<V>((as_integer(shifted) << L::mantissa) + L::one);
+  const V power = as_number<V>(shifted_left(as_integer(shifted), L::mantissa) + L::one);
   return {f, power, f * f * expm1_tail(f), n == all<V>(0)};
 }
 // exp(x), expm1(x) and expm1(x) - x, none with cancellation.

@@ -47,6 +47,10 @@ template <class V>
 KD_FN typename Lanes<V>::I as_integer(V x) {
   return (typename Lanes<V>::I)x;
 }
+template <class I>
+KD_FN I shifted_left(I bits, int by) {
+  return bits << by;
+}
 template <class V>
 KD_FN V as_number(typename Lanes<V>::I x) {
   return (V)x;

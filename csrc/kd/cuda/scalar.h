@@ -35,6 +35,8 @@ KD_FN int64_t as_integer(double x) {
   __builtin_memcpy(&bits, &x, 8);
   return bits;
 }
+KD_FN int32_t shifted_left(int32_t bits, int by) { return (int32_t)((uint32_t)bits << by); }
+KD_FN int64_t shifted_left(int64_t bits, int by) { return (int64_t)((uint64_t)bits << by); }
 template <class V, class I>
 KD_FN V as_number(I bits) {
   static_assert(sizeof(V) == sizeof(I));
