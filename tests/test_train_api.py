@@ -106,6 +106,23 @@ def test_arrays_that_are_no_images_are_refused(images, change, message):
         distill(network(), None, change(*images), method="ce", **QUICK)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epoch": 1}, r"distill\(\): 'epoch': not an option"),
+        ({"temperature": 4.0}, r"'temperature': .* those of the method in options="),
+        ({"batch_size": "8"}, "--batch-size: expected a whole number, got '8'"),
+        ({"max_steps": 1.5}, "--max-steps: expected a whole number, got 1.5"),
+        ({"lr": "x"}, "--lr: expected a number, got 'x'"),
+        ({"optimizer": "adam"}, "--optimizer: expected one of sgd, adamw, got 'adam'"),
+        ({"method": "kd"}, "teacher: --method kd expects 1 of them, got 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(images, settings, message):
+    with pytest.raises(InputError, match=message):
+        distill(network(), None, images, **QUICK | {"method": "ce"} | settings)
+
+
 def test_the_example_runs(monkeypatch, capsys):
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "own_models.py"))
     example["main"](epochs=1)

@@ -19,6 +19,7 @@ from kdkernels.train import checkpoint
 from kdkernels.train.config import Config
 from kdkernels.train.data import Dataset, from_arrays, load_data
 from kdkernels.train.devices import make_fabric, on_first
+from kdkernels.train.errors import InputError
 from kdkernels.train.experiment import (
     claim,
     conclude,
@@ -62,12 +63,20 @@ def distill(
         InputError: options, data or models that do not fit.
     """
     options = dict(options or {})
+    if unknown := sorted(settings.keys() - Config.__dataclass_fields__.keys()):
+        raise InputError(
+            f"distill(): {unknown[0]!r}: not an option of Config; expected one of its names, or "
+            f"those of the method in options={{...}}"
+        )
     config = Config(method=method, student=type(student).__name__, seed=(seed,), **settings)
     made = make_method(method, config.backend, options)
     fabric = make_fabric(config)
     config = replace(config, precision=fabric.strategy.precision.precision)
     data = _dataset(data, config)
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else teacher
+    count = len(made.specialities(len(data.classes)))
+    if made.needs_teacher and len(teachers) != count:
+        raise InputError(f"teacher: --method {method} expects {count} of them, got {len(teachers)}")
     torch.manual_seed(seed)
     if out is None:
         with tempfile.TemporaryDirectory() as folder:

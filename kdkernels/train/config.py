@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kdkernels.train.data.augment import Augmentation
 from kdkernels.train.errors import InputError
@@ -114,6 +115,18 @@ class Config:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        # The command line has checked types; callers of distill() have not.
+        for name, kind in get_type_hints(Config).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise InputError(f"{option(name)}: expected one of {choices}, got {value!r}")
+            if value is None and kind == int | None:
+                continue
+            if kind in (int, int | None) and not isinstance(value, Integral):
+                raise InputError(f"{option(name)}: expected a whole number, got {value!r}")
+            if kind is float and not isinstance(value, Real):
+                raise InputError(f"{option(name)}: expected a number, got {value!r}")
         for name in (
             "epochs", "max_steps", "batch_size", "accumulate", "lr", "teacher_epochs", "image_size",
             "devices", "cache_views", "cache_topk",
