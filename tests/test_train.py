@@ -228,6 +228,37 @@ def test_unknown_config_keys_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--methd ce", "unrecognized arguments: --methd ce; the nearest are --method,"),
+        ("--alpha x", "--alpha: expected float, got x"),
+        ("--tokens clas", "--tokens: expected one of 'class', 'batch', got clas"),
+        ("--epochs two", "--epochs: expected int, got two"),
+    ],
+)
+def test_a_mistyped_option_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_lone_resume_asks_for_the_run(capsys):
+    assert main(["--resume"]) == 1
+    assert "--resume: expected --out" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdkernels.train.experiment.run", interrupted)
+    assert main(["--method", "ce"]) == 130
+    assert capsys.readouterr().err.endswith("--resume go on\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ("--method ce --alpha .5", "--alpha: not an option of --method ce"),
         ("--method kd", "--method kd: expected --teacher or --teacher-checkpoint"),
         (

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin
 
 import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from kdkernels.train import experiment, report
 from kdkernels.train.config import Config, option
-from kdkernels.train.errors import TrainError
+from kdkernels.train.errors import InputError, TrainError
 from kdkernels.train.methods import METHODS
 
 PROGRAM = "kdkernels train"
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = early.parse_known_args(rest)[0]
     try:
         parser = make_parser()
+        if run.resume and not found.config and rest == ["--resume"]:
+            raise InputError("--resume: expected --out, or the options that the run was given")
         if run.resume and run.out:
             parser.set_defaults(defaults_of(Path(run.out)))
         arguments = parser.parse_args((["--config", found.config] if found.config else []) + rest)
@@ -40,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; the same options and --resume go on", file=sys.stderr)
+        return 130
     name = f"{config.method} {config.student}"
     seeds = ", ".join(map(str, config.seed))
     report.console.print(report.table(f"{config.data}, seeds {seeds}", {name: results["summary"]}))
@@ -53,9 +60,34 @@ def defaults_of(out: Path) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name in known} | record["options"]
 
 
-def make_parser() -> ArgumentParser:
+class Parser(ArgumentParser):
+    """A parser whose errors are a line or two that name the option, without the usage of all."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong, with the nearest names for one that is not known."""
+        text = re.sub(r'Parser key "(\w+)":', lambda key: option(key[1]) + ":", message)
+        # An option that may be left out is to jsonargparse a union with None.
+        text = re.sub(
+            r"Does not validate .*?- (Expected a [^\n]*)\n.*Given value: ",
+            r"\1. Got value: ",
+            text,
+            flags=re.DOTALL,
+        )
+        text = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", text)
+        text = re.sub(r"Expected a typing.Literal\[(.*?)\]", r"expected one of \1", text)
+        text = text.replace(". Got value: ", ", got ")
+        unknown = re.search(r"unrecognized arguments: (\S+)|Option '(.*?)' is not accepted", text)
+        if unknown:
+            name = option((unknown[1] or unknown[2]).lstrip("-").partition("=")[0])
+            known = [text for action in self._actions for text in action.option_strings]
+            near = difflib.get_close_matches(name, known, 3)
+            text += f"; the nearest are {', '.join(near)}" if near else ""
+        self.exit(2, f"{PROGRAM}: {' '.join(text.split())} (--help lists the options)\n")
+
+
+def make_parser() -> Parser:
     """The options of :class:`Config`, then those of every method."""
-    parser = ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         description=inspect.getdoc(Config).splitlines()[0],
         allow_abbrev=False,
