@@ -199,6 +199,16 @@ def test_the_digest_is_of_the_content_wherever_it_lies(tmp_path):
     assert load(tmp_path / "moved", tmp_path / "cache").digest == before
 
 
+def test_grey_images_of_16_bits_keep_their_shades(tmp_path):
+    shades = np.linspace(0, 65535, 144).astype(np.uint16).reshape(12, 12)
+    for label in ("cat", "dog"):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for number in range(8):
+            Image.fromarray(shades).save(tmp_path / "data" / label / f"{number}.png")
+    images = everything(load(tmp_path / "data", tmp_path / "cache").train)[0]
+    assert np.array_equal(images[0, :, :, 0], shades >> 8)
+
+
 def test_a_corrupt_image_is_named_and_leaves_no_cache(tmp_path):
     write_images(tmp_path / "set")
     path = tmp_path / "set" / "dog" / "5.png"

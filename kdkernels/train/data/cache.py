@@ -24,7 +24,7 @@ from kdkernels.train.data.sources import Source
 from kdkernels.train.errors import InputError
 
 # Part of every key: raise it when decoding changes.
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

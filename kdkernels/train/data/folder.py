@@ -93,6 +93,8 @@ def _decode_images(
 def _decode(content: bytes, image_size: int | None, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if image.mode.startswith("I;16"):  # which Pillow's conversion would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
             if image_size is not None:
                 image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
