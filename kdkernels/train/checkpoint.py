@@ -43,8 +43,11 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON Lines."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Read JSON Lines; a missing or damaged file is named."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON Lines ({error})") from error
 
 
 def read_json(path: Path) -> Any:
