@@ -209,8 +209,9 @@ def _class_bars(names: Sequence[str], shares: np.ndarray, reference: np.ndarray)
 def _matrix(names: Sequence[str], counts: np.ndarray) -> str:
     rows = []
     for name, row in zip(names, counts, strict=True):
+        total = max(row.sum(), 1)  # a class may have no test image
         cells = "".join(
-            f'<td style="background:color-mix(in srgb, var(--c0) {100 * n / row.sum():.0f}%, '
+            f'<td style="background:color-mix(in srgb, var(--c0) {100 * n / total:.0f}%, '
             f'var(--fill))">{n or ""}</td>'
             for n in row
         )
