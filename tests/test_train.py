@@ -267,6 +267,11 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
         ),
         ("--method ce --epochs 0", "--epochs: expected a number above 0, got 0"),
         ("--method ce --seed 1 1", "--seed: expected different numbers"),
+        ("--method ce --accumulate 7", "--batch-size 64: expected a multiple of 7"),
+        (
+            "--method kd --teacher-checkpoint .",
+            "expected the model.safetensors in",
+        ),
         ("--method ce --student resnet9", "'resnet9': expected one of"),
         ("--method ce --data nowhere", "--data nowhere: expected 'digits', a folder"),
         ("--method kd --teacher-checkpoint nowhere", "nowhere: no such model file"),

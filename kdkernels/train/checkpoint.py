@@ -83,7 +83,8 @@ def save_model(
 def load_model(path: Path, shape: tuple[int, ...], classes: int) -> tuple[str, nn.Module]:
     """Name and model saved by :func:`save_model`, which must fit the images and classes."""
     if not path.is_file():
-        raise InputError(f"{path}: no such model file")
+        hint = "; expected the model.safetensors in this folder" if path.is_dir() else ""
+        raise InputError(f"{path}: no such model file{hint}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

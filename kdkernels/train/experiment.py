@@ -25,7 +25,7 @@ import kdkernels
 from kdkernels import backends
 from kdkernels.train import checkpoint, report, teacher_cache
 from kdkernels.train.config import Config, option
-from kdkernels.train.data import Dataset, load_data
+from kdkernels.train.data import Batches, Dataset, load_data
 from kdkernels.train.devices import make_fabric, on_first, predict_together
 from kdkernels.train.errors import InputError
 from kdkernels.train.learner import dry_run
@@ -138,6 +138,8 @@ def rehearse(
     student = build_model(config.student, data.shape, len(data.classes))
     if config.teacher:
         teachers = [build_model(config.teacher, data.shape, len(part.classes)) for part in parts]
+    shares = config.accumulate * fabric.world_size
+    Batches(data, batch_size=config.batch_size, augment="none", seed=0, device="cpu", shares=shares)
     steps_per_epoch = max(len(data.train) // config.batch_size, 1)
     steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     method.begin(Run(data, steps, steps_per_epoch))
