@@ -169,7 +169,7 @@ class Bench:
             torch.manual_seed(0)
             teacher = build_model(name, shape, classes)
             self.fit(config, teacher, [], self.data, 0)
-            checkpoint.save_model(path, name, teacher, shape, classes)
+            checkpoint.save_model(path, name, teacher.state_dict(), shape, classes)
         return checkpoint.load_model(path, shape, classes)[1]
 
     def fit(self, config: Config, student: nn.Module, teachers: list, data: Dataset, seed: int):

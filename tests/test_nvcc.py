@@ -23,7 +23,7 @@ def cases():
         yield pytest.param(source, "sm_100", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("source", "target"), cases(), ids=lambda x: getattr(x, "stem", x))
+@pytest.mark.parametrize(("source", "target"), list(cases()), ids=lambda x: getattr(x, "stem", x))
 def test_kernels(source, target, record_property):
     for kernel in compiled(source, target):
         record_property(
