@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from readme import rewritten
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy" / "tiny-imagenet-even100"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 COLUMNS = (
     ("best epoch, test", ("test", "accuracy"), 100, 2),
     ("last epoch, test", ("test", "accuracy_of_last_epoch"), 100, 2),
@@ -86,14 +87,6 @@ def block(kept: dict[str, Any]) -> str:
     )
 
 
-def rewritten(readme: str, content: str) -> str:
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"README.md needs the markers {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{content}\n{END}{tail}"
-
-
 def draw(kept: dict[str, Any], path: Path) -> None:
     """Test accuracy of every seed and validation accuracy of the last epochs."""
     import matplotlib
@@ -121,7 +114,7 @@ def main() -> int:
     arguments = parser.parse_args()
     kept = json.loads((RESULTS / "results.json").read_text())
     readme = README.read_text()
-    wanted = rewritten(readme, block(kept))
+    wanted = rewritten(readme, "accuracy", block(kept))
     if arguments.check:
         if readme != wanted:
             print("README.md does not show the results: run python benchmarks/accuracy_table.py")

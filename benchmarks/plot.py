@@ -14,11 +14,12 @@ import json
 import sys
 from pathlib import Path
 
+from readme import rewritten
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 TABLES = ROOT / "benchmarks" / "RESULTS.md"
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 BASELINES = ("eager", "compile")
 OURS = ("cpu", "triton", "cuda")
@@ -167,14 +168,6 @@ def tables(paths: list[Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def rewritten(readme: str, content: str) -> str:
-    head, begin, rest = readme.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"README.md needs the markers {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{content}\n{END}{tail}"
-
-
 def panels_of(rows: list[dict]) -> list[tuple]:
     """Title, cases and their names: a panel per loss of many cases, one per shape of the others."""
     by_loss: dict[str, list] = {}
@@ -239,7 +232,7 @@ def main() -> int:
     arguments = parser.parse_args()
     paths = newest()
     readme = README.read_text()
-    wanted = rewritten(readme, block(paths)) if paths else readme
+    wanted = rewritten(readme, "benchmark", block(paths)) if paths else readme
     if arguments.check:
         if readme != wanted or TABLES.read_text() != tables(paths):
             print("README.md or RESULTS.md do not show the results: run python benchmarks/plot.py")

@@ -125,5 +125,5 @@ def test_settings_that_do_not_fit_are_named(images, settings, message):
 
 def test_the_example_runs(monkeypatch, capsys):
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "own_models.py"))
-    example["main"](epochs=1)
-    assert "test accuracy" in capsys.readouterr().out
+    example["main"](epochs=4)
+    assert float(capsys.readouterr().out.split()[-2]) > 60  # of ten classes

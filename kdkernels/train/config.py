@@ -131,16 +131,12 @@ class Config:
             "epochs", "max_steps", "batch_size", "accumulate", "lr", "teacher_epochs", "image_size",
             "devices", "cache_views", "cache_topk",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{option(name)}: expected a number above 0, got {value}")
+            check_range(above=0, **{name: getattr(self, name)})
         for name in (
             "weight_decay", "clip_norm", "ema", "checkpoint_every", "mixup", "augment_seed",
             "teacher_seed", "split_seed",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise InputError(f"{option(name)}: expected 0 or more, got {value}")
+            check_range(least=0, **{name: getattr(self, name)})
         if not self.ema < 1:
             raise InputError(f"--ema: expected a number below 1, got {self.ema}")
         if self.ema and self.strategy == "fsdp":
@@ -171,3 +167,23 @@ class Config:
 def option(name: str) -> str:
     """The command line's spelling of an option."""
     return "--" + name.replace("_", "-")
+
+
+def check_range(
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    **options: float | None,
+) -> None:
+    """Refuse numbers that are not ``above`` one, or from ``least`` (to ``most``); None is none."""
+    for name, value in options.items():
+        if above is not None:
+            good, wanted = value is None or value > above, f"a number above {above}"
+        elif most is not None:
+            good = value is None or least <= value <= most
+            wanted = f"a number from {least} to {most}"
+        else:
+            good, wanted = value is None or value >= least, f"{least} or more"
+        if not good:
+            raise InputError(f"{option(name)}: expected {wanted}, got {value}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdkernels import functional as KF
+from kdkernels.train.config import check_range
 from kdkernels.train.data import Batch
 from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Output
@@ -39,8 +40,7 @@ class AT(FeatureMethod):
         backend: str = "auto",
     ) -> None:
         super().__init__(student_taps, teacher_taps, backend=backend)
-        if power < 1:
-            raise InputError(f"--power: expected 1 or more, got {power}")
+        check_range(least=1, power=power)
         self.at_weight, self.power = at_weight, power
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdkernels import CRDLoss
+from kdkernels.train.config import check_range
 from kdkernels.train.data import Batch
 from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Output
@@ -47,13 +48,10 @@ class CRD(FeatureMethod):
         backend: str = "auto",
     ) -> None:
         super().__init__(student_taps, teacher_taps, backend=backend)
-        for name, value in {
-            "dim": dim, "negatives": negatives, "contrast-temperature": contrast_temperature
-        }.items():  # fmt: skip
-            if not value > 0:
-                raise InputError(f"--{name}: expected a number above 0, got {value}")
-        if not 0 <= momentum <= 1:
-            raise InputError(f"--momentum: expected a number from 0 to 1, got {momentum}")
+        check_range(
+            above=0, dim=dim, negatives=negatives, contrast_temperature=contrast_temperature
+        )
+        check_range(least=0, most=1, momentum=momentum)
         self.crd_weight, self.dim, self.negatives = crd_weight, dim, negatives
         self.contrast_temperature, self.momentum = contrast_temperature, momentum
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdkernels import functional as KF
+from kdkernels.train.config import check_range
 from kdkernels.train.data import Batch
-from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Method, Output
 
 
@@ -35,9 +35,7 @@ class DKD(Method):
         backend: str = "auto",
     ) -> None:
         super().__init__(backend)
-        for name, value in {"temperature": temperature, "warmup": warmup}.items():
-            if not value > 0:
-                raise InputError(f"--{name}: expected a number above 0, got {value}")
+        check_range(above=0, temperature=temperature, warmup=warmup)
         self.temperature, self.alpha, self.beta, self.warmup = temperature, alpha, beta, warmup
 
     def weights(self, step: int) -> Mapping[str, float]:

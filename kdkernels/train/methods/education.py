@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from kdkernels import functional as KF
+from kdkernels.train.config import check_range
 from kdkernels.train.data import Batch, Batches
 from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Method, Output, Run
@@ -60,12 +61,9 @@ class Education(Method):
         backend: str = "auto",
     ) -> None:
         super().__init__(backend)
-        if not temperature > 0:
-            raise InputError(f"--temperature: expected a number above 0, got {temperature}")
-        if not 0 <= alpha <= 1:
-            raise InputError(f"--alpha: expected a number from 0 to 1, got {alpha}")
-        if grades < 1:
-            raise InputError(f"--grades: expected 1 or more, got {grades}")
+        check_range(above=0, temperature=temperature)
+        check_range(least=0, most=1, alpha=alpha)
+        check_range(least=1, grades=grades)
         if boundaries is not None and len(boundaries) != grades - 1:
             raise InputError(
                 f"--boundaries: expected {grades - 1} for {grades} grades, got {boundaries}"

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kdkernels import functional as KF
+from kdkernels.train.config import check_range
 from kdkernels.train.data import Batch
-from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Method, Output, TopK
 
 
@@ -26,10 +26,8 @@ class KD(Method):
         self, temperature: float = 4.0, alpha: float = 0.9, *, backend: str = "auto"
     ) -> None:
         super().__init__(backend)
-        if not temperature > 0:
-            raise InputError(f"--temperature: expected a number above 0, got {temperature}")
-        if not 0 <= alpha <= 1:
-            raise InputError(f"--alpha: expected a number from 0 to 1, got {alpha}")
+        check_range(above=0, temperature=temperature)
+        check_range(least=0, most=1, alpha=alpha)
         self.temperature, self.alpha, self.ce_weight = temperature, alpha, 1 - alpha
         self.top_k_temperature = temperature
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kdkernels import LearningSimplifier
 from kdkernels import functional as KF
+from kdkernels.train.config import check_range
 from kdkernels.train.data import Batch
-from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Method, Output
 
 
@@ -44,11 +44,8 @@ class SKD(Method):
         backend: str = "auto",
     ) -> None:
         super().__init__(backend)
-        for name, value in {"temperature": temperature, "dim": dim}.items():
-            if not value > 0:
-                raise InputError(f"--{name}: expected a number above 0, got {value}")
-        if not simplifier_lr >= 0:
-            raise InputError(f"--simplifier-lr: expected 0 or more, got {simplifier_lr}")
+        check_range(above=0, temperature=temperature, dim=dim)
+        check_range(least=0, simplifier_lr=simplifier_lr)
         self.temperature, self.kd_weight = temperature, kd_weight
         self.tokens, self.dim, self.simplifier_lr = tokens, dim, simplifier_lr
 
