@@ -182,6 +182,17 @@ def test_many_classes_are_shown_by_what_is_confused():
     assert "class 7 class 21 100.0" in text and text.count(" class 7 ") == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_class_without_test_images_is_shown():
+    labels = np.array([0, 0, 2, 2])
+    none, half = np.zeros(0, dtype=int), np.full(4, 0.5)
+    one = Predictions(
+        np.array(["a", "b", "c"]), labels, labels, half, none, none, np.arange(2),
+        np.zeros((2, 8, 8, 3), np.uint8),
+    )  # fmt: skip
+    assert "nan" not in "".join(sections.classes([one])).lower()
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

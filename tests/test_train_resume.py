@@ -134,6 +134,15 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, capsys):
     assert path.read_bytes() == damaged
 
 
+def test_a_damaged_log_is_named(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*ARGUMENTS, "--max-steps", "3", "--out", str(out)]) == 0
+    log = out / "seed-7" / "log.jsonl"
+    log.write_text(log.read_text()[:10])
+    assert main([*ARGUMENTS, "--max-steps", "3", "--out", str(out), "--resume"]) == 1
+    assert f"{log}: not readable as JSON Lines" in capsys.readouterr().err
+
+
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save_state(path, {"step": 1})

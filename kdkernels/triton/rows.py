@@ -23,6 +23,15 @@ def labels_and_valid(labels: Tensor | None, mask: Tensor | None, ignore_index: i
     return labels, counts if mask is None else mask & counts
 
 
+def normaliser(reduction: int, rows: int, width: int, valid: Tensor | None):
+    """What a sum over rows of ``width`` classes is divided by: a number, and a count of rows."""
+    name = REDUCTIONS[reduction]
+    divisor = width if name == "mean" else 1
+    if name not in ("batchmean", "mean"):
+        return divisor, None
+    return (divisor * max(rows, 1), None) if valid is None else (divisor, valid.sum())
+
+
 def arguments(
     student: Tensor,  # (..., C), rows as layout.row_layout takes them
     teacher: Tensor,  # one of the teachers, likewise
@@ -49,14 +58,7 @@ def arguments(
     if same:
         numbers = numbers._replace(teacher_temperature=numbers.temperature)
         teacher_temperatures = temperatures
-    reduction = REDUCTIONS[choices.reduction]
-    divisor = (choices.width or classes) if reduction == "mean" else 1
-    count = None
-    if reduction in ("batchmean", "mean"):
-        if valid is None:
-            divisor *= max(rows, 1)
-        else:
-            count = valid.sum()
+    divisor, count = normaliser(choices.reduction, rows, choices.width or classes, valid)
     return {
         "student": student,
         "labels": labels if ce else None,

@@ -20,6 +20,7 @@ from kdkernels.divergences import (
 from kdkernels.ops.rowwise import GRAD_ROWS, GRAD_STUDENT, GRAD_TEACHER, compute_dtype
 from kdkernels.triton import scale  # noqa: F401  (registers scale_rows_)
 from kdkernels.triton.layout import SWEEP, Tile, common_unit, options, row_layout
+from kdkernels.triton.rows import labels_and_valid, normaliser
 from kdkernels.triton.sparse_kernel import sparse_kernel
 
 
@@ -53,14 +54,7 @@ def arguments(
     if numbers.teacher_temperature == 0:
         numbers = numbers._replace(teacher_temperature=numbers.temperature)
         teacher_temperatures = temperatures
-    reduction = REDUCTIONS[choices.reduction]
-    divisor = classes if reduction == "mean" else 1
-    count = None
-    if reduction in ("batchmean", "mean"):
-        if valid is None:
-            divisor *= max(rows, 1)
-        else:
-            count = valid.sum()
+    divisor, count = normaliser(choices.reduction, rows, classes, valid)
     words = triton.cdiv(classes, 32)
     return {
         "student": student,
@@ -111,10 +105,7 @@ def _sparse(
 ):  # fmt: skip
     """Run the kernel; return its outputs, those not asked for of size 0."""
     numbers, choices = TopKNumbers(*numbers), TopKChoices(*choices)
-    valid = mask
-    if labels is not None and labels.dtype == torch.int64:
-        counts = labels != choices.ignore_index
-        valid = counts if mask is None else mask & counts
+    _, valid = labels_and_valid(labels, mask, choices.ignore_index)
     if row_layout(student) is None:
         student = student.contiguous()
     with torch.cuda.device_of(student):
