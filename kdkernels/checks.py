@@ -16,6 +16,8 @@ import torch
 from kdkernels.scalars import choice, number
 
 __all__ = [
+    "FLOATS",
+    "INTEGERS",
     "choice",
     "class_range",
     "flag",
@@ -35,11 +37,12 @@ __all__ = [
     "targets",
     "teacher_weights",
     "temperature",
+    "tensor",
 ]
 
 CHECK_DEVICE_VALUES = os.environ.get("KDKERNELS_CHECK", "0") == "1"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
 )  # fmt: skip
 
@@ -51,7 +54,8 @@ def readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" or CHECK_DEVICE_VALUES
 
 
-def _tensor(name: str, argument: str, value) -> None:
+def tensor(name: str, argument: str, value) -> None:
+    """A tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}.")
 
@@ -67,8 +71,8 @@ def same_device(name: str, argument: str, value: torch.Tensor, student: torch.Te
 
 def floats(name: str, argument: str, value) -> None:
     """A dense floating-point tensor."""
-    _tensor(name, argument, value)
-    if value.dtype not in _FLOATS:
+    tensor(name, argument, value)
+    if value.dtype not in FLOATS:
         raise TypeError(
             f"{name}: {argument} must be float64, float32, bfloat16 or float16, got {value.dtype}."
         )
@@ -103,7 +107,7 @@ def stacked(name: str, argument: str, value: torch.Tensor, student, width: int |
 
     With ``width`` the last dimension may be that instead.
     """
-    _tensor(name, "student", student)
+    tensor(name, "student", student)
     narrow = width is not None and value.shape[1:] == (*student.shape[:-1], width)
     if value.dim() == 0 or value.shape[0] == 0 or (value.shape[1:] != student.shape and not narrow):
         also = "" if width is None else f", or {width} classes"
@@ -185,7 +189,7 @@ def targets(name: str, rows, target, first: int, width: int, ignore_index: int) 
 
 def class_range(name: str, value, student) -> tuple[int, int]:
     """The first class and the number of classes of a range (m, n)."""
-    _tensor(name, "student", student)
+    tensor(name, "student", student)
     classes = student.shape[-1] if student.dim() else 0
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name}: class_range must be a pair (m, n), got {value!r}.")
@@ -205,7 +209,7 @@ def flag(name: str, argument: str, value) -> bool:
 
 def per_row(name: str, argument: str, value, student: torch.Tensor, dtype: torch.dtype | None):
     """A tensor of shape ``student.shape[:-1]``, flattened; bool where ``dtype`` is None."""
-    _tensor(name, argument, value)
+    tensor(name, argument, value)
     if value.shape != student.shape[:-1]:
         raise ValueError(
             f"{name}: {argument} must have the shape of the rows {tuple(student.shape[:-1])}, "
@@ -225,7 +229,7 @@ def teacher_weights(
     name: str, value, count: int, student: torch.Tensor, dtype: torch.dtype, mixture: bool
 ):
     """A tensor (M,) or (M, ...), as (M, 1) or (M, N); those of a mixture have a positive sum."""
-    _tensor(name, "weights", value)
+    tensor(name, "weights", value)
     rows = student.shape[:-1]
     if value.shape not in ((count,), (count, *rows)):
         raise ValueError(
@@ -253,10 +257,10 @@ def labels(name: str, value, student: torch.Tensor, ignore_index: int, read: boo
 
     Without ``read`` their values are left to the kernel to check.
     """
-    _tensor(name, "labels", value)
+    tensor(name, "labels", value)
     same_device(name, "labels", value, student)
     classes = student.shape[-1]
-    if value.dtype in _INTEGERS and value.shape == student.shape[:-1]:
+    if value.dtype in INTEGERS and value.shape == student.shape[:-1]:
         if read and value.numel() and readable(value):
             low, high = value.aminmax()
             if not (0 <= low and high < classes):
@@ -267,7 +271,7 @@ def labels(name: str, value, student: torch.Tensor, ignore_index: int, read: boo
                         f"({ignore_index}), got {bad[0].item()}."
                     )
         return value.reshape(-1).to(torch.int64).contiguous()
-    if value.dtype in _FLOATS and value.shape == student.shape:
+    if value.dtype in FLOATS and value.shape == student.shape:
         if value.requires_grad:
             raise NotImplementedError(
                 f"{name}: labels must not require a gradient (detach them, or weigh the "
@@ -309,64 +313,6 @@ def inplace(name: str, student: torch.Tensor, others: dict[str, torch.Tensor | N
                 f"{name}: inplace=True needs {argument} in memory of its own, got a view of the "
                 "student's."
             )
-
-
-def topk(name: str, student, values, indices) -> None:
-    """Logits (..., C), floats (..., k) with k >= 1, and integers of the latter's shape."""
-    logits(name, student, student)
-    for argument, value in (("topk_values", values), ("topk_indices", indices)):
-        _tensor(name, argument, value)
-        if value.dim() != student.dim() or value.shape[:-1] != student.shape[:-1]:
-            raise ValueError(
-                f"{name}: {argument} must have shape {(*student.shape[:-1], 'k')}, "
-                f"got {tuple(value.shape)}."
-            )
-        same_device(name, argument, value, student)
-    if values.dtype not in _FLOATS:
-        raise TypeError(
-            f"{name}: topk_values must be float64, float32, bfloat16 or float16, "
-            f"got {values.dtype}."
-        )
-    if indices.dtype not in _INTEGERS:
-        raise TypeError(f"{name}: topk_indices must be integers, got {indices.dtype}.")
-    if values.shape != indices.shape or values.shape[-1] == 0:
-        raise ValueError(
-            f"{name}: topk_values and topk_indices must have one shape (..., k) with k >= 1, "
-            f"got {tuple(values.shape)} and {tuple(indices.shape)}."
-        )
-    if values.shape[-1] > student.shape[-1]:
-        raise ValueError(
-            f"{name}: topk_values must have at most as many values a row as there are classes "
-            f"({student.shape[-1]}), got {values.shape[-1]}."
-        )
-
-
-def topk_indices(
-    name: str, indices, values, student, labels, mask, ignore_index: int, read: bool
-) -> torch.Tensor:
-    """The indices as contiguous int64 (N, k).
-
-    Without ``read`` their values are left to the kernel to check.
-    """
-    indices = indices.reshape(-1, indices.shape[-1]).to(torch.int64).contiguous()
-    if read and readable(indices) and indices.numel():
-        classes, k = student.shape[-1], indices.shape[-1]
-        looked_at = ~torch.isneginf(values.detach().reshape(-1, k))
-        if mask is not None:
-            looked_at &= mask.unsqueeze(-1)
-        if labels is not None and labels.dtype == torch.int64:
-            looked_at &= (labels != ignore_index).unsqueeze(-1)
-        if (looked_at & ((indices < 0) | (indices >= classes))).any():
-            raise ValueError(
-                f"{name}: topk_indices must be in [0, {classes}) where topk_values is not -inf."
-            )
-        apart = torch.where(looked_at, indices, -1 - torch.arange(k, device=indices.device))
-        apart = apart.sort(-1).values
-        if (apart[:, 1:] == apart[:, :-1]).any():
-            raise ValueError(
-                f"{name}: topk_indices must be distinct in a row where topk_values is not -inf."
-            )
-    return indices
 
 
 def raise_for_labels(name: str, error: RuntimeError, argument: str = "labels") -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kdkernels import checks, divergences, ops, reference
@@ -102,13 +103,13 @@ def topk_divergence(
         )
     if missing != "tail" and teacher_logsumexp is not None:
         raise ValueError(f"{name}: teacher_logsumexp has no use with missing={missing!r}.")
-    checks.topk(name, student, topk_values, topk_indices)
+    _check_topk(name, student, topk_values, topk_indices)
     dtype = compute_dtype(student, topk_values)
     rows = prepare(
         name, "sparse", student, dtype, labels, temperature, teacher_temperature, scale, reduction,
         mask, ignore_index, row_weight, backend,
     )  # fmt: skip
-    indices = checks.topk_indices(
+    indices = _flat_indices(
         name, topk_indices, topk_values, student, rows.labels, rows.mask, ignore_index,
         read=rows.backend != "cpu",
     )  # fmt: skip
@@ -134,3 +135,61 @@ def topk_divergence(
         checks.raise_for_labels(name, error)
         checks.raise_for_labels(name, error, "topk_indices")
         raise
+
+
+def _check_topk(name: str, student: Tensor, values: Tensor, indices: Tensor) -> None:
+    """Logits (..., C), floats (..., k) with k >= 1, and integers of the latter's shape."""
+    checks.logits(name, student, student)
+    for argument, value in (("topk_values", values), ("topk_indices", indices)):
+        checks.tensor(name, argument, value)
+        if value.dim() != student.dim() or value.shape[:-1] != student.shape[:-1]:
+            raise ValueError(
+                f"{name}: {argument} must have shape {(*student.shape[:-1], 'k')}, "
+                f"got {tuple(value.shape)}."
+            )
+        checks.same_device(name, argument, value, student)
+    if values.dtype not in checks.FLOATS:
+        raise TypeError(
+            f"{name}: topk_values must be float64, float32, bfloat16 or float16, "
+            f"got {values.dtype}."
+        )
+    if indices.dtype not in checks.INTEGERS:
+        raise TypeError(f"{name}: topk_indices must be integers, got {indices.dtype}.")
+    if values.shape != indices.shape or values.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: topk_values and topk_indices must have one shape (..., k) with k >= 1, "
+            f"got {tuple(values.shape)} and {tuple(indices.shape)}."
+        )
+    if values.shape[-1] > student.shape[-1]:
+        raise ValueError(
+            f"{name}: topk_values must have at most as many values a row as there are classes "
+            f"({student.shape[-1]}), got {values.shape[-1]}."
+        )
+
+
+def _flat_indices(
+    name: str, indices, values, student, labels, mask, ignore_index: int, read: bool
+) -> Tensor:
+    """The indices as contiguous int64 (N, k).
+
+    Without ``read`` their values are left to the kernel to check.
+    """
+    indices = indices.reshape(-1, indices.shape[-1]).to(torch.int64).contiguous()
+    if read and checks.readable(indices) and indices.numel():
+        classes, k = student.shape[-1], indices.shape[-1]
+        looked_at = ~torch.isneginf(values.detach().reshape(-1, k))
+        if mask is not None:
+            looked_at &= mask.unsqueeze(-1)
+        if labels is not None and labels.dtype == torch.int64:
+            looked_at &= (labels != ignore_index).unsqueeze(-1)
+        if (looked_at & ((indices < 0) | (indices >= classes))).any():
+            raise ValueError(
+                f"{name}: topk_indices must be in [0, {classes}) where topk_values is not -inf."
+            )
+        apart = torch.where(looked_at, indices, -1 - torch.arange(k, device=indices.device))
+        apart = apart.sort(-1).values
+        if (apart[:, 1:] == apart[:, :-1]).any():
+            raise ValueError(
+                f"{name}: topk_indices must be distinct in a row where topk_values is not -inf."
+            )
+    return indices
