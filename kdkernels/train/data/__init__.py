@@ -59,7 +59,10 @@ def load_data(
                 f"--data {name_or_path}: expected 'digits', a folder, a tar of one or an .npz, "
                 f"found nothing there"
             )
-        decoded = _decoded(path, image_size, cache_dir)
+        try:
+            decoded = _decoded(path, image_size, cache_dir)
+        except InputError as error:
+            raise InputError(f"--data: {error}") from error
         test_fraction, augment = TEST_FRACTION, "crop-flip"
     contents = decoded.contents
     if image_size is not None and contents.kind != folder.KIND:
@@ -79,7 +82,8 @@ def load_data(
         train, test = split_off(train, test_fraction, split_seed)
     if val is None:
         train, val = split_off(train, val_fraction, split_seed)
-    return Dataset.build(contents.name, contents.classes, decoded.digest, augment, train, val, test)
+    named = contents.name, contents.classes, decoded.digest, augment
+    return Dataset.build(*named, train, val, test, contents.ignored)
 
 
 def from_arrays(
@@ -110,7 +114,7 @@ def _decoded(path: Path, image_size: int | None, cache_dir: Path) -> cache.Decod
         )
         if contents is None:
             raise InputError(
-                f"--data {path}: neither a CIFAR folder nor an image folder nor NumPy arrays; "
+                f"{path}: neither a CIFAR folder nor an image folder nor NumPy arrays; "
                 f"expected <class>/* or train/<class>/* with images "
                 f"({', '.join(sorted(folder.SUFFIXES))}), or images.npy and labels.npy"
             )

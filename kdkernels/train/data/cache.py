@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +24,22 @@ from kdkernels.train.data.sources import Source
 from kdkernels.train.errors import InputError
 
 # Part of every key: raise it when decoding changes.
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a data set is besides its images: ``parts`` are the first row and the end of each."""
+    """What a data set is besides its images: ``parts`` are the first row and the end of each.
+
+    ``ignored`` counts, by suffix, the files that are no images of a class.
+    """
 
     name: str
     kind: str
     classes: tuple[str, ...]
     labels: np.ndarray
     parts: Mapping[str, tuple[int, int]]
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
 
 # Makes room for images of a shape (N, H, W, C).

@@ -60,7 +60,7 @@ def decode(source: Source, allocate: Allocate) -> Contents | None:
     found = list(_find(source))
     if len(found) > 1:
         folders = " and ".join(layout.folder for layout, _ in found)
-        raise InputError(f"--data {source.path}: holds {folders}; name one of them")
+        raise InputError(f"{source.path}: holds {folders}; name one of them")
     if not found:
         return None
     ((layout, folder),) = found

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class Dataset:
 
     ``mean`` and ``std`` (C,) are those of the training pixels, in units of 0 to 255. ``augment``
     is the augmentation that suits these images, used where the user asks for none by name.
+    ``ignored`` counts, by suffix, the files found with them that are no images of a class.
     ``digest`` names all pixels and labels: what is kept about the images elsewhere is kept under
     it.
     """
@@ -50,6 +52,12 @@ class Dataset:
     mean: np.ndarray
     std: np.ndarray
     augment: str
+    ignored: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The three by the names that messages have for them."""
+        return {"training": self.train, "validation": self.val, "test": self.test}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -66,13 +74,35 @@ class Dataset:
         train: Split,
         val: Split,
         test: Split,
+        ignored: Mapping[str, int] | None = None,
     ) -> Dataset:
         """A data set with the statistics of its training pixels; an empty split is refused."""
         for part, split in {"training": train, "validation": val, "test": test}.items():
             if not len(split):
                 raise InputError(f"--data {name}: the {part} set is empty: too few images")
         mean, std = _pixel_statistics(train)
-        return cls(name, classes, digest, train, val, test, mean, std, augment)
+        return cls(name, classes, digest, train, val, test, mean, std, augment, ignored or {})
+
+    def described(self) -> list[str]:
+        """What was read, in a line, and a warning for each split in which classes are missing."""
+        counts = {part: len(split) for part, split in self.splits.items()}
+        each = ", ".join(f"{count:,} {part}" for part, count in counts.items())
+        height, width, _ = self.shape
+        line = (
+            f"{self.name}: {sum(counts.values()):,} images of {width}x{height} pixels in "
+            f"{len(self.classes)} classes ({each})"
+        )
+        if self.ignored:
+            kinds = sorted(self.ignored.items(), key=lambda kind: (-kind[1], kind[0]))
+            each = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in kinds)
+            line += f"; ignored {sum(self.ignored.values()):,} other files ({each})"
+        lines = [line]
+        for part, split in self.splits.items():
+            found = np.bincount(split.labels[split.rows], minlength=len(self.classes))
+            if not found.all():
+                missing = [self.classes[label] for label in np.flatnonzero(found == 0)]
+                lines.append(f"warning: {self.name}: no {part} images of {_listed(missing)}")
+        return lines
 
     def only(self, classes: range) -> Dataset:
         """The images of some classes in a row, numbered from 0; seen as part of the whole set.
@@ -100,6 +130,11 @@ class Dataset:
             digest=f"{self.digest}-{classes.start}-{classes.stop}",
             **{name: part(getattr(self, name)) for name in ("train", "val", "test")},
         )
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def split_off(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:

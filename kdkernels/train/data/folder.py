@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import itertools
 import posixpath
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -38,9 +39,16 @@ def decode(source: Source, image_size: int | None, allocate: Allocate) -> Conten
 
     The parts are those the folder has; without ``train`` there is one, named ``"all"``.
     """
-    items = sorted(_items(source.names), key=lambda item: (*PARTS, "all").index(item.part))
-    if not items:
+    images = [name for name in source.names if _suffix(name) in SUFFIXES]
+    if not images:
         return None
+    has_parts = any(name.startswith("train/") for name in images)
+    items = sorted(_items(images, has_parts), key=lambda item: (*PARTS, "all").index(item.part))
+    if not items or items[0].part not in ("train", "all"):
+        raise InputError(
+            f"{source.path}: expected a folder of images for each class, found images in one "
+            f"folder only"
+        )
     part = items[0].part
     classes = tuple(sorted({item.label for item in items if item.part == part}))
     index = {label: number for number, label in enumerate(classes)}
@@ -48,17 +56,34 @@ def decode(source: Source, image_size: int | None, allocate: Allocate) -> Conten
         if item.label not in index:
             where = source.where(posixpath.dirname(item.name))
             raise InputError(f"{where}: class {item.label!r} has no training images")
+    if without := sorted(_class_folders(source, has_parts) - index.keys()):
+        where = source.where(posixpath.join(part if has_parts else "", without[0]))
+        raise InputError(
+            f"{where}: a class without images ({', '.join(sorted(SUFFIXES))}); add some, or take "
+            f"the folder away"
+        )
     _decode_images(source, [item.name for item in items], image_size, allocate)
     labels = np.array([index[item.label] for item in items], dtype=np.int64)
     parts, start = {}, 0
     for part, group in itertools.groupby(items, key=lambda item: item.part):
         parts[part] = (start, start := start + len(list(group)))
-    return Contents(source.name, KIND, classes, labels, parts)
+    ignored = Counter(map(_suffix, set(source.names) - {item.name for item in items}))
+    return Contents(source.name, KIND, classes, labels, parts, dict(ignored))
 
 
-def _items(names: list[str]) -> Iterator[Item]:
-    images = [name for name in names if posixpath.splitext(name)[1].lower() in SUFFIXES]
-    has_parts = any(name.startswith("train/") for name in images)
+def _suffix(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
+
+
+def _class_folders(source: Source, has_parts: bool) -> set[str]:
+    """The folders in which training images of a class are expected, with or without any."""
+    start = "train/" if has_parts else ""
+    paths = (*source.names, *(f"{name}/" for name in source.empty_folders))
+    inner = [path.removeprefix(start) for path in paths if path.startswith(start)]
+    return {path.partition("/")[0] for path in inner if "/" in path}
+
+
+def _items(images: list[str], has_parts: bool) -> Iterator[Item]:
     for name in images:
         part, _, rest = name.partition("/") if has_parts else ("all", "", name)
         label, slash, _ = rest.partition("/")
@@ -93,6 +118,7 @@ def _decode_images(
 def _decode(content: bytes, image_size: int | None, where: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # which Pillow's conversion would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")

@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from collections.abc import Collection, Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from kdkernels.train.errors import InputError
@@ -45,12 +46,20 @@ class Source:
     @cached_property
     def names(self) -> list[str]:
         """Names of all files, sorted."""
-        return sorted({name.removeprefix(self.root) for name in self._names})
+        return sorted({name.removeprefix(self.root) for name in self._entries[0]})
+
+    @cached_property
+    def empty_folders(self) -> list[str]:
+        """Names of the folders without a file or a folder in them, sorted."""
+        files, folders = self._entries
+        inhabited = {posixpath.dirname(name) for name in (*files, *folders)}
+        empty = [name for name in folders if name not in inhabited and name.startswith(self.root)]
+        return sorted({name.removeprefix(self.root) for name in empty})
 
     @cached_property
     def root(self) -> str:
         """The innermost folder that holds everything, with a slash behind it; often nothing."""
-        folders = {posixpath.dirname(name) for name in self._names}
+        folders = {posixpath.dirname(name) for name in self._entries[0]}
         common = posixpath.commonpath(folders) if folders else ""
         return f"{common}/" if common else ""
 
@@ -63,7 +72,8 @@ class Source:
         raise NotImplementedError
 
     @cached_property
-    def _names(self) -> list[str]:
+    def _entries(self) -> tuple[list[str], list[str]]:
+        """Files and folders."""
         raise NotImplementedError
 
     def _unreadable(self, error: object) -> InputError:
@@ -80,7 +90,7 @@ class Folder(Source):
     @property
     def stamp(self) -> str:
         listing = hashlib.sha256(str(self.path.resolve()).encode())
-        for name in sorted(self._names):
+        for name in sorted(chain(*self._entries)):
             status = (self.path / name).stat()
             listing.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
         return listing.hexdigest()
@@ -93,13 +103,14 @@ class Folder(Source):
             yield name, Path(self.where(name)).read_bytes()
 
     @cached_property
-    def _names(self) -> list[str]:
-        names = []
+    def _entries(self) -> tuple[list[str], list[str]]:
+        found, folders = [], []
         for folder, children, files in os.walk(self.path, followlinks=True):
             children[:] = [child for child in children if not child.startswith(".")]
             within = Path(folder).relative_to(self.path)
-            names += [(within / file).as_posix() for file in files if not file.startswith(".")]
-        return names
+            folders += [(within / child).as_posix() for child in children]
+            found += [(within / file).as_posix() for file in files if not file.startswith(".")]
+        return found, folders
 
 
 class Tar(Source):
@@ -115,8 +126,11 @@ class Tar(Source):
                 yield name.removeprefix(self.root), archive.extractfile(member).read()
 
     @cached_property
-    def _names(self) -> list[str]:
-        return [name for name, member, _ in self._members() if not member.isdir()]
+    def _entries(self) -> tuple[list[str], list[str]]:
+        files, folders = [], []
+        for name, member, _ in self._members():
+            (folders if member.isdir() else files).append(name)
+        return files, folders
 
     def _members(self) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
         try:
@@ -151,14 +165,15 @@ class Zip(Source):
             raise self._unreadable(error) from error
 
     @cached_property
-    def _names(self) -> list[str]:
+    def _entries(self) -> tuple[list[str], list[str]]:
+        files, folders = [], []
         try:
             with zipfile.ZipFile(self.path) as archive:
-                return [
-                    entry.filename
-                    for entry in archive.infolist()
-                    if not entry.is_dir() and _visible(PurePosixPath(entry.filename))
-                ]
+                for entry in archive.infolist():
+                    if _visible(PurePosixPath(entry.filename)):
+                        kind = folders if entry.is_dir() else files
+                        kind.append(entry.filename.removesuffix("/"))
+                return files, folders
         except (zipfile.BadZipFile, OSError) as error:
             raise self._unreadable(error) from error
 
