@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kdkernels.train import Config, DivergedError, InputError, checkpoint, run
+from kdkernels.train import Config, DivergedError, InputError, checkpoint, report, run
 from kdkernels.train.cli import main
 from kdkernels.train.clock import StepClock
 from kdkernels.train.data import Batch
@@ -48,6 +48,18 @@ def test_kd_is_hintons_formula(step):
     torch.testing.assert_close(
         method.losses(batch, student, [teacher])["kd"], expected, check_dtype=False
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "weight"),
+    [
+        ("at", "at_weight"), ("crd", "crd_weight"), ("dkd", "alpha"), ("dkd", "beta"),
+        ("education", "alpha"), ("fitnet", "hint_weight"), ("kd", "alpha"), ("skd", "kd_weight"),
+    ],
+)  # fmt: skip
+def test_negative_weights_are_refused(method, weight):
+    with pytest.raises(InputError, match=f"--{weight.replace('_', '-')}: expected .*, got -0.1"):
+        make_method(method, "reference", {weight: -0.1})
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"alpha": 1.5}, {"beta": 1.0}])
@@ -202,6 +214,35 @@ def test_a_diverging_run_stops_and_names_the_term(tmp_path):
     )
     with pytest.raises(DivergedError, match=r"ce, loss not finite in step \d+;"):
         run(config)
+    assert not (tmp_path / "x").exists()  # the same folder will do for the next try
+
+
+def test_a_run_that_diverges_later_keeps_what_it_has(tmp_path):
+    config = Config(
+        **QUICK, method="ce", lr=1e4, clip_norm=1e30, checkpoint_every=1, out=str(tmp_path / "x")
+    )
+    with pytest.raises(DivergedError, match="what was checkpointed before is kept"):
+        run(config)
+    assert (tmp_path / "x" / "seed-0" / "checkpoint.pt").exists()
+    with pytest.raises(InputError, match="not empty; give another folder, or --resume"):
+        run(config)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_without_a_terminal_every_epoch_is_a_line(tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(report, "drawing", lambda: terminal)
+    run(Config(**QUICK, method="ce", out=str(tmp_path / "x")))
+    shown = capsys.readouterr().out
+    assert "digits: 1,797 images of 8x8 pixels in 10 classes (" in shown
+    lines = [line for line in shown.splitlines() if "epoch" in line]
+    if terminal:
+        assert not lines
+        return
+    assert not set("\r\x1b") & set(shown)
+    assert [line.partition(", loss ")[0] for line in lines] == [
+        "ce mlp8 seed 0: epoch 1/2",
+        "ce mlp8 seed 0: epoch 2/2",
+    ]
 
 
 def test_config_file_is_overruled_by_the_command_line(tmp_path):
@@ -274,7 +315,9 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
         ),
         ("--method ce --student resnet9", "'resnet9': expected one of"),
         ("--method ce --data nowhere", "--data nowhere: expected 'digits', a folder"),
-        ("--method kd --teacher-checkpoint nowhere", "nowhere: no such model file"),
+        ("--method kd --teacher-checkpoint nowhere", "checkpoint: nowhere: no such model file"),
+        ("--method ce --data pyproject.toml", "--data: pyproject.toml: not a readable archive"),
+        ("--method at --at-weight -1", "--at-weight: expected 0 or more, got -1"),
     ],
 )
 def test_bad_options_are_named_and_write_nothing(arguments, message, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,61 @@ def test_models_of_other_classes_are_refused(images, classes, message):
     student, teacher = (network(classes=count) for count in classes)
     with pytest.raises(InputError, match=message):
         distill(student, teacher, images, **QUICK)
+
+
+class Wrapped(nn.Module):
+    """Gives out what ``form`` makes of the logits."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.network, self.form = network(), form
+
+    def forward(self, images):
+        return self.form(self.network(images))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda x: {"logits": x, "hidden": None}, lambda x: SimpleNamespace(logits=x)],
+    ids=["mapping", "attribute"],
+)
+def test_outputs_that_have_logits_do(images, form):
+    plain, student = network(), Wrapped(form)
+    for model in (plain, student):
+        distill(model, Wrapped(form), images, **QUICK | {"epochs": 1})
+    for name, value in plain.state_dict().items():
+        assert torch.equal(student.network.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda x: {"out": x}, "expected logits as a tensor, or .* 'logits', got a dict with out"),
+        (lambda x: (x, x), "expected logits as a tensor, .* got a tuple"),
+        (lambda x: x.mean(), r"expected logits \(2, 4\) .* got \(\)"),
+    ],
+)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_outputs_without_logits_are_named(images, form, message, who):
+    student, teacher = network(), Wrapped(form)
+    if who == "student":
+        student, teacher = teacher, student
+    with pytest.raises(InputError, match=f"{who}: {message}"):
+        distill(student, teacher, images, **QUICK)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_models_for_other_images_are_named(images, who):
+    other = nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten())
+    student, teacher = (other, network()) if who == "student" else (network(), other)
+    message = rf"{who}: fails on images of the data, .*\(2, 3, 8, 8\): .* to have 1 channels"
+    with pytest.raises(InputError, match=message):
+        distill(student, teacher, images, **QUICK)
+
+
+def test_a_frozen_student_is_refused(images):
+    with pytest.raises(InputError, match=r"student: .* no parameter that requires a gradient"):
+        distill(network().requires_grad_(False), None, images, method="ce", **QUICK)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 import kdkernels
-from kdkernels.train import checkpoint
+from kdkernels.train import checkpoint, report
+from kdkernels.train.claim import claimed
 from kdkernels.train.config import Config
 from kdkernels.train.data import Dataset, from_arrays, load_data
 from kdkernels.train.devices import make_fabric, on_first
 from kdkernels.train.errors import InputError
 from kdkernels.train.experiment import (
-    claim,
     conclude,
     make_method,
     resolved_options,
@@ -73,6 +73,8 @@ def distill(
     fabric = make_fabric(config)
     config = replace(config, precision=fabric.strategy.precision.precision)
     data = _dataset(data, config)
+    report.console.quiet |= not fabric.is_global_zero
+    report.say(*data.described())
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else teacher
     count = len(made.specialities(len(data.classes)))
     if made.needs_teacher and len(teachers) != count:
@@ -82,15 +84,15 @@ def distill(
         with tempfile.TemporaryDirectory() as folder:
             return fit(fabric, made, student, teachers, data, config, seed=seed, out=Path(folder))
     out, record = Path(out), config.resolved() | resolved_options(method, options)
-    on_first(fabric, partial(claim, out, record, options, resume=config.resume))
-    folder = out / f"seed-{seed}"
-    folder.mkdir(exist_ok=True)
-    results = {
-        "seed": seed,
-        "model": config.student,
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        **fit(fabric, made, student, teachers, data, config, seed=seed, out=folder),
-    }
+    with claimed(fabric, out, record, options, resume=config.resume):
+        folder = out / f"seed-{seed}"
+        folder.mkdir(exist_ok=True)
+        results = {
+            "seed": seed,
+            "model": config.student,
+            "parameters": sum(parameter.numel() for parameter in student.parameters()),
+            **fit(fabric, made, student, teachers, data, config, seed=seed, out=folder),
+        }
     on_first(fabric, partial(checkpoint.write_json, folder / "results.json", results))
     conclude(fabric, out, {"config": record, "environment": kdkernels.info()}, [results], config)
     return results

@@ -16,6 +16,7 @@ import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from kdkernels.train import experiment, report
+from kdkernels.train.claim import recorded
 from kdkernels.train.config import Config, option
 from kdkernels.train.errors import InputError, TrainError
 from kdkernels.train.methods import METHODS
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def defaults_of(out: Path) -> dict[str, Any]:
     """The options that the run in ``out`` was started with."""
-    record = experiment.recorded(out)
+    record = recorded(out)
     known = {parameter.name for parameter in parameters(Config)}
     return {name: value for name, value in record.items() if name in known} | record["options"]
 

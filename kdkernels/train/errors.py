@@ -13,4 +13,4 @@ class InputError(TrainError, ValueError):
 
 
 class DivergedError(TrainError):
-    """A loss term stopped being finite; the last checkpoint before it is kept."""
+    """A loss term stopped being finite; what was checkpointed before is kept."""

@@ -24,6 +24,7 @@ from torch import nn
 import kdkernels
 from kdkernels import backends
 from kdkernels.train import checkpoint, report, teacher_cache
+from kdkernels.train.claim import claimed
 from kdkernels.train.config import Config, option
 from kdkernels.train.data import Batches, Dataset, load_data
 from kdkernels.train.devices import make_fabric, on_first, predict_together
@@ -63,35 +64,35 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
         image_size=config.image_size,
         cache_dir=Path(config.cache_dir) if config.cache_dir else user_cache(),
     )
+    report.say(*data.described())
     # What each teacher learns: all classes, or those it is a specialist of.
     parts = [data.only(classes) for classes in method.specialities(len(data.classes))]
     teachers = given_teachers(config, data.shape, parts)
     rehearse(fabric, method, config, data, parts, [model for _, model in teachers])
 
-    results = {"config": record, "environment": kdkernels.info()}
     out = Path(config.out or f"runs/{data.name}-{config.method}-{config.student}")
-    on_first(fabric, partial(claim, out, record, options, resume=config.resume))
-    report.console.print(
-        f"{out}: {config.precision} on {fabric.world_size} x {fabric.device.type}, losses in "
-        f"float32 or better",
-        soft_wrap=True,
-    )
+    results = {"config": record, "environment": kdkernels.info()}
+    with claimed(fabric, out, record, options, resume=config.resume):
+        report.say(
+            f"{out}: {config.precision} on {fabric.world_size} x {fabric.device.type}, losses in "
+            f"float32 or better"
+        )
 
-    places = ["teacher"] if len(parts) == 1 else [f"teacher-{n + 1}" for n in range(len(parts))]
-    if config.teacher:
-        teachers = [
-            trained_teacher(fabric, part, config, out / place)
-            for part, place in zip(parts, places, strict=True)
-        ]
-    for (name, model), part, place in zip(teachers, parts, places, strict=False):
-        test_accuracy = accuracy(*predict_together(fabric, Teacher(fabric, model), part, part.test))
-        results[place] = {"model": name, "test": {"accuracy": test_accuracy}}
-    models = [model for _, model in teachers]
-    runs = []
-    for seed in config.seed:
-        method = make_method(config.method, config.backend, options)
-        runs.append(train(fabric, method, models, data, config, seed, out / f"seed-{seed}"))
-    return conclude(fabric, out, results, runs, config, places if config.teacher else ())
+        places = ["teacher"] if len(parts) == 1 else [f"teacher-{n + 1}" for n in range(len(parts))]
+        if config.teacher:
+            teachers = [
+                trained_teacher(fabric, part, config, out / place)
+                for part, place in zip(parts, places, strict=True)
+            ]
+        for (name, model), part, place in zip(teachers, parts, places, strict=False):
+            answers = predict_together(fabric, Teacher(fabric, model), part, part.test)
+            results[place] = {"model": name, "test": {"accuracy": accuracy(*answers)}}
+        models = [model for _, model in teachers]
+        runs = []
+        for seed in config.seed:
+            method = make_method(config.method, config.backend, options)
+            runs.append(train(fabric, method, models, data, config, seed, out / f"seed-{seed}"))
+        return conclude(fabric, out, results, runs, config, places if config.teacher else ())
 
 
 def conclude(
@@ -120,10 +121,13 @@ def given_teachers(
         raise InputError(
             f"--teacher-checkpoint: expected {len(parts)} joined by commas, got {len(paths)}"
         )
-    return [
-        checkpoint.load_model(Path(path), shape, len(part.classes))
-        for path, part in zip(paths, parts, strict=False)
-    ]
+    try:
+        return [
+            checkpoint.load_model(Path(path), shape, len(part.classes))
+            for path, part in zip(paths, parts, strict=False)
+        ]
+    except InputError as error:
+        raise InputError(f"--teacher-checkpoint: {error}") from error
 
 
 def rehearse(
@@ -251,33 +255,3 @@ def resolved_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             prefix + key: value for key, value in arguments.arguments.items() if key != "backend"
         }
     return resolved
-
-
-def claim(out: Path, record: dict[str, Any], options: Mapping[str, Any], *, resume: bool) -> None:
-    """Take ``out`` for the run that ``record`` describes; never a folder that holds another.
-
-    ``options`` are those given for the method, without the defaults that ``record`` has.
-    """
-    path = out / "config.json"
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"--out {out}: not empty; give another folder, or --resume to go on")
-        out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, record | {"options": options})
-        return
-    before = recorded(out)
-    del before["options"]
-    keys = sorted(
-        key for key in before.keys() | record.keys() if before.get(key) != record.get(key)
-    )
-    if keys:
-        changes = ", ".join(f"{key} was {before.get(key)}, is {record.get(key)}" for key in keys)
-        raise InputError(f"--resume: {out} was started with other options: {changes}")
-
-
-def recorded(out: Path) -> dict[str, Any]:
-    """What :func:`claim` wrote about the run in ``out``."""
-    path = out / "config.json"
-    if not path.exists():
-        raise InputError(f"--resume: no run to go on with in {out} ({path.name} is missing)")
-    return {"options": {}} | checkpoint.read_json(path)

@@ -15,7 +15,7 @@ from kdkernels.train.clock import StepClock
 from kdkernels.train.data import Batch, Dataset
 from kdkernels.train.errors import InputError
 from kdkernels.train.methods import Method, Output
-from kdkernels.train.taps import Tapped
+from kdkernels.train.taps import Tapped, shown_two
 from kdkernels.train.teachers import Teachers
 
 
@@ -67,12 +67,13 @@ def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> T
 
 def dry_run(method: Method, student: nn.Module, teachers: Teachers, data: Dataset, fabric: Fabric):
     """Show the method two images' outputs, for what it makes of their shapes."""
-    height, width, channels = data.shape
-    images = torch.zeros(2, channels, height, width)
-    training = student.training
-    with torch.no_grad():
-        outputs = [student.eval()(images), *(t(images.to(fabric.device)) for t in teachers)]
-    student.train(training)
+    outputs = [shown_two(student, data.shape, what="student")]
+    outputs += [shown_two(teacher, data.shape, what="teacher") for teacher in teachers]
+    if not outputs[0].logits.requires_grad:
+        raise InputError(
+            "student: expected logits to train, but they depend on no parameter that requires a "
+            "gradient: is it frozen?"
+        )
     classes = len(data.classes)
     # What a method wraps a student in may know some of the classes only.
     wrapped = type(method).wrap is not Method.wrap

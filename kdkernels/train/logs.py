@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from kdkernels.train import checkpoint
+from kdkernels.train import checkpoint, report
 from kdkernels.train.errors import InputError
 from kdkernels.train.metrics import numbers
 
@@ -23,12 +23,22 @@ def require_tensorboard() -> None:
 class Log:
     """``log.jsonl`` of a run, which is always whole, and ``tensorboard/`` beside it.
 
+    Without a terminal to draw progress on, also a line of each epoch, which begins with ``label``.
     ``history`` are the epochs a resumed run has behind it: TensorBoard drops what it was told of
     later ones before.
     """
 
-    def __init__(self, out: Path, history: list[dict[str, Any]], *, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        history: list[dict[str, Any]],
+        *,
+        label: str,
+        epochs: int,
+        tensorboard: bool,
+    ) -> None:
         self.path, self.board = out / "log.jsonl", None
+        self.label, self.epochs = label, epochs
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -38,6 +48,8 @@ class Log:
     def write(self, history: list[dict[str, Any]]) -> None:
         """Note the last epoch of ``history``."""
         checkpoint.write_lines(self.path, history)
+        if not report.drawing():
+            report.say(report.epoch_line(self.label, self.epochs, history[-1]))
         if self.board:
             record = dict(history[-1])
             step = record.pop("step")

@@ -103,10 +103,11 @@ def fit(
     judged = teachers and method.specialities(len(data.classes))[0] == range(len(data.classes))
     teacher_val = predict(teachers[0], data, data.val)[0] if judged else None
     board = config.tensorboard and fabric.is_global_zero
-    log = Log(out, state.history, tensorboard=board)
+    label = f"{config.method} {config.student} seed {seed}"
+    epochs = math.ceil(last_step / batches.per_epoch)
+    log = Log(out, state.history, label=label, epochs=epochs, tensorboard=board)
     clock, tally = StepClock(device), Tally(fabric, config.accumulate)
 
-    label = f"{config.method} {config.student} seed {seed}"
     with report.progress(label, state.step, last_step) as advance:
         while state.step < last_step:
             epoch, position = divmod(state.step, batches.per_epoch)

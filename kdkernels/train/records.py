@@ -43,8 +43,8 @@ class Tally:
             first = broken[0][0]
             names = dict.fromkeys(name for step, name in broken if step == first)
             raise DivergedError(
-                f"{', '.join(names)} not finite in step {first + 1}; the last checkpoint, of an "
-                f"earlier step, is kept (a smaller --lr may help, or --clip-norm)"
+                f"{', '.join(names)} not finite in step {first + 1}; what was checkpointed "
+                f"before is kept (a smaller --lr may help, or --clip-norm)"
             )
         for _, name, value in noted:
             state.tally[name] = state.tally.get(name, 0.0) + value / self.shares
@@ -63,8 +63,8 @@ def require_finite(student: nn.Module, step: int) -> None:
     finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
     if broken := [name for name, good in zip(state, finite, strict=True) if not good]:
         raise DivergedError(
-            f"weights not finite after step {step}: {', '.join(broken[:3])}; the last checkpoint, "
-            f"of an earlier step, is kept (a smaller --lr may help, or --clip-norm)"
+            f"weights not finite after step {step}: {', '.join(broken[:3])}; what was "
+            f"checkpointed before is kept (a smaller --lr may help, or --clip-norm)"
         )
 
 

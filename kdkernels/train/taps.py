@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a network's inner modules give out or take, by their paths."""
+"""What a network makes of images, and its inner modules give out or take, by their paths."""
 
 from __future__ import annotations
 
 import difflib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +22,7 @@ Kept = dict[str, tuple[Tensor, int]]
 class Tapped(nn.Module):
     """``network`` with the outputs of the modules at ``paths``: images in, an ``Output`` out.
 
+    The network may give logits, or an output that has ``logits``, as those of transformers do.
     ``"<path>:input"`` is what a module takes instead: features before an activation, say.
 
     A module behind a tapped one that works in place (``ReLU(inplace=True)``) gets a copy, so that
@@ -29,7 +32,7 @@ class Tapped(nn.Module):
 
     def __init__(self, network: nn.Module, paths: Sequence[str] = (), *, what: str = "model"):
         super().__init__()
-        self.network, self.paths = network, tuple(paths)
+        self.network, self.paths, self.what = network, tuple(paths), what
         self._tapped: Kept = {}
         modules, hooks = dict(network.named_modules()), []
         for path in self.paths:
@@ -53,7 +56,7 @@ class Tapped(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         self._tapped.clear()
-        logits = self.network(images)
+        logits = self._logits(self.network(images))
         for path, (tensor, version) in self._tapped.items():
             if tensor._version != version:
                 raise InputError(
@@ -65,6 +68,37 @@ class Tapped(nn.Module):
         features = {path: self._tapped[path][0] for path in self.paths}
         self._tapped.clear()
         return Output(logits, features)
+
+    def _logits(self, out: Any) -> Tensor:
+        logits = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+        if not isinstance(logits, Tensor):
+            given = f"a {type(out).__name__}"
+            given += f" with {', '.join(map(str, out))}" if isinstance(out, Mapping) else ""
+            raise InputError(
+                f"{self.what}: expected logits as a tensor, or an output with 'logits', got {given}"
+            )
+        return logits
+
+
+def shown_two(network: nn.Module, shape: tuple[int, int, int], *, what: str) -> Output:
+    """What a network makes of two black images of ``shape`` (H, W, C), in evaluation mode.
+
+    Images that it cannot take are named, with its own error.
+    """
+    height, width, channels = shape
+    some = next(network.parameters(), torch.empty(0))
+    images, training = torch.zeros(2, channels, height, width, device=some.device), network.training
+    try:
+        return network.eval()(images)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        raise InputError(
+            f"{what}: fails on images of the data, (B, C, H, W) = (2, {channels}, {height}, "
+            f"{width}): {error}"
+        ) from error
+    finally:
+        network.train(training)
 
 
 def _keeper(path: str, tapped: Kept):

@@ -41,6 +41,7 @@ class AT(FeatureMethod):
     ) -> None:
         super().__init__(student_taps, teacher_taps, backend=backend)
         check_range(least=1, power=power)
+        check_range(least=0, at_weight=at_weight)
         self.at_weight, self.power = at_weight, power
 
     @staticmethod

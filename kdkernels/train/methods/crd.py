@@ -51,6 +51,7 @@ class CRD(FeatureMethod):
         check_range(
             above=0, dim=dim, negatives=negatives, contrast_temperature=contrast_temperature
         )
+        check_range(least=0, crd_weight=crd_weight)
         check_range(least=0, most=1, momentum=momentum)
         self.crd_weight, self.dim, self.negatives = crd_weight, dim, negatives
         self.contrast_temperature, self.momentum = contrast_temperature, momentum

@@ -36,6 +36,7 @@ class DKD(Method):
     ) -> None:
         super().__init__(backend)
         check_range(above=0, temperature=temperature, warmup=warmup)
+        check_range(least=0, alpha=alpha, beta=beta)
         self.temperature, self.alpha, self.beta, self.warmup = temperature, alpha, beta, warmup
 
     def weights(self, step: int) -> Mapping[str, float]:

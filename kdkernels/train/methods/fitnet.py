@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kdkernels import functional as KF
 from kdkernels.modules.projectors import ConvReg
+from kdkernels.train.config import check_range
 from kdkernels.train.data import Batch
 from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Output
@@ -39,6 +40,7 @@ class FitNet(FeatureMethod):
         backend: str = "auto",
     ) -> None:
         super().__init__(student_taps, teacher_taps, backend=backend)
+        check_range(least=0, hint_weight=hint_weight)
         self.hint_weight = hint_weight
 
     @staticmethod

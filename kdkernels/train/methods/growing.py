@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdkernels.train.errors import InputError
 from kdkernels.train.models import usual_taps
-from kdkernels.train.taps import Tapped
+from kdkernels.train.taps import Tapped, shown_two
 
 
 class GrowingStudent(nn.Module):
@@ -73,12 +73,8 @@ def grow(network: nn.Module, shape: tuple[int, int, int], classes: Sequence[int]
             f"{grades} grades: expected a student of as many stages, got {len(taps.stages)}"
         )
     ends = [taps.stages[grade * len(taps.stages) // grades - 1] for grade in range(1, grades)]
-    height, width, channels = shape
-    training = network.training
-    with torch.no_grad():
-        images = torch.zeros(2, channels, height, width)
-        features = Tapped(network.eval(), [*ends, taps.pooled], what="student")(images).features
-    network.train(training)
+    tapped = Tapped(network, [*ends, taps.pooled], what="student")
+    features = shown_two(tapped, shape, what="student").features
     pooled = features[taps.pooled].shape[1]
     heads = [
         _head(features[end], pooled, count) for end, count in zip(ends, classes[:-1], strict=True)

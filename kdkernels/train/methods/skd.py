@@ -45,7 +45,7 @@ class SKD(Method):
     ) -> None:
         super().__init__(backend)
         check_range(above=0, temperature=temperature, dim=dim)
-        check_range(least=0, simplifier_lr=simplifier_lr)
+        check_range(least=0, kd_weight=kd_weight, simplifier_lr=simplifier_lr)
         self.temperature, self.kd_weight = temperature, kd_weight
         self.tokens, self.dim, self.simplifier_lr = tokens, dim, simplifier_lr
 

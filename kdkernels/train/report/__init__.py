@@ -2,6 +2,15 @@
 """What a person sees of runs: a progress bar, a table, a plot, and a page about many of them."""
 
 from kdkernels.train.report.page import write_page
-from kdkernels.train.report.terminal import console, plot, progress, table
+from kdkernels.train.report.terminal import console, drawing, epoch_line, plot, progress, say, table
 
-__all__ = ["console", "plot", "progress", "table", "write_page"]
+__all__ = [
+    "console",
+    "drawing",
+    "epoch_line",
+    "plot",
+    "progress",
+    "say",
+    "table",
+    "write_page",
+]

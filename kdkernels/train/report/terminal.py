@@ -26,7 +26,7 @@ ROWS = (
     ("test accuracy, %", "last epoch", "test.accuracy_of_last_epoch", 100, 2),
     ("validation accuracy, %", "best", "val.best", 100, 2),
     ("validation accuracy, %", "last", "val.last", 100, 2),
-    ("validation accuracy, %", "mean of last 10", "val.mean_of_last_10", 100, 2),
+    ("validation accuracy, %", "mean of last 10, or all", "val.mean_of_last_10", 100, 2),
     ("teacher", "agreement, %", "test.agreement", 100, 2),
     ("teacher", "KL, nats", "test.kl_to_teacher", 1, 4),
     ("calibration", "ECE, %", "test.ece", 100, 2),
@@ -36,17 +36,36 @@ ROWS = (
 )
 
 
+def drawing() -> bool:
+    """Whether there is a terminal to draw on: not in CI, nor where output goes to a file."""
+    return console.is_terminal and "CI" not in os.environ
+
+
+def say(*lines: str) -> None:
+    """Print lines as they are, however long."""
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def epoch_line(label: str, epochs: int, record: Mapping[str, Any]) -> str:
+    """An epoch's record in short."""
+    return (
+        f"{label}: epoch {record['epoch']}/{epochs}, loss {record['train']['loss']:.4g}, "
+        f"validation {100 * record['val']['accuracy']:.2f} %, "
+        f"{record['samples_per_second']:.0f} images/s"
+    )
+
+
 @contextmanager
 def progress(label: str, done: int, total: int) -> Iterator[Callable[[], None]]:
-    """A bar of steps; yields the function to call after each. Silent in CI and without a tty."""
+    """A bar of steps where :func:`drawing`; yields the function to call after each."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    quiet = not console.is_terminal or "CI" in os.environ
-    with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
+    with Progress(*columns, console=console, disable=not drawing(), transient=True) as bar:
         task = bar.add_task(label, total=total, completed=done)
         yield partial(bar.advance, task)
 
