@@ -189,6 +189,30 @@ def test_review_takes_sizes_as_they_come():
         modules.ReviewKDLoss([4, 6], [5])
 
 
+def test_semckd_learns_from_each_stage_as_attention_says():
+    torch.manual_seed(0)
+    student = [torch.randn(8, 3, 6, 6), torch.randn(8, 4, 3, 3).requires_grad_()]
+    teacher = [torch.randn(8, 5, 4, 4).requires_grad_(), torch.randn(8, 2, 9, 9)]
+    module = modules.SemCKDLoss([3, 4], [5, 2], batch_size=8)
+    attention = module.attention(student, teacher)
+    assert attention.shape == (8, 2, 2)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(8, 2))
+    module(student, teacher).backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert student[1].grad.any() and teacher[0].grad is None
+    sharp = modules.SemCKDLoss([3, 4], [5, 2], batch_size=8, soft=1e-4)
+    assert sharp.attention(student, teacher).amax(-1).min() > 0.9
+    with pytest.raises(ValueError, match="student must be 2 stages, got 1"):
+        module(student[:1], teacher)
+    with pytest.raises(ValueError, match=r"maps of shape \(8, C, H, W\), got \(7, 3, 6, 6\)"):
+        module([x[:7] for x in student], [x[:7] for x in teacher])
+    for wrong, what in (({"factor": 9}, "factor"), ({"soft": 0.0}, "soft must be positive")):
+        with pytest.raises(ValueError, match=what):
+            modules.SemCKDLoss([3], [5], batch_size=8, **wrong)
+    with pytest.raises(ValueError, match="at least one stage each"):
+        modules.SemCKDLoss([3], [], batch_size=8)
+
+
 def test_factors():
     paraphraser, translator = modules.Paraphraser(8), modules.Translator(6, 8)
     student, teacher = torch.randn(2, 6, 5, 5), torch.randn(2, 8, 5, 5)

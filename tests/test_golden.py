@@ -23,7 +23,7 @@ from kdkernels import backends
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / os.environ.get("KDKERNELS_GOLDEN", "../shared/golden")
 # Owners whose every case must pass.
-DONE = ("foundation", "logit losses", "feature losses")
+DONE = ("foundation", "logit losses", "feature losses", "trainer")
 
 
 def _cases():

@@ -14,6 +14,7 @@ from kdkernels.modules import (
     relation,
     review,
     rowwise,
+    semckd,
     sparse,
 )
 from kdkernels.modules.attention import *
@@ -28,6 +29,7 @@ from kdkernels.modules.maps import *
 from kdkernels.modules.relation import *
 from kdkernels.modules.review import *
 from kdkernels.modules.rowwise import *
+from kdkernels.modules.semckd import *
 from kdkernels.modules.sparse import *
 
 __all__ = [
@@ -43,5 +45,6 @@ __all__ = [
     *relation.__all__,
     *review.__all__,
     *rowwise.__all__,
+    *semckd.__all__,
     *sparse.__all__,
 ]
