@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 import kdkernels
 from kdkernels.train import checkpoint, report
 from kdkernels.train.claim import claimed
-from kdkernels.train.config import Config
-from kdkernels.train.data import Dataset, from_arrays, load_data
+from kdkernels.train.config import Config, option
+from kdkernels.train.data import (
+    Dataset,
+    LoaderData,
+    LoaderSplit,
+    from_arrays,
+    load_data,
+    shape_of,
+)
 from kdkernels.train.devices import make_fabric, on_first
 from kdkernels.train.errors import InputError
 from kdkernels.train.experiment import (
@@ -28,13 +38,22 @@ from kdkernels.train.experiment import (
     user_cache,
 )
 from kdkernels.train.loop import fit
+from kdkernels.train.taps import Tapped, shown_two
+
+# Options that a DataLoader has settled, or that look images up by number.
+FOR_IMAGES_IN_MEMORY = (
+    "batch_size", "accumulate", "augment", "augment_seed", "mixup", "teacher_cache", "cache_views",
+    "checkpoint_every", "val_fraction", "split_seed", "image_size",
+)  # fmt: skip
 
 
 def distill(
     student: nn.Module,
     teacher: nn.Module | Sequence[nn.Module] | None,
-    data: Dataset | str | Path | tuple[Any, Any] | Iterable[tuple[Any, int]],
+    data: Dataset | DataLoader | str | Path | tuple[Any, Any] | Iterable[tuple[Any, int]],
     *,
+    val: DataLoader | TorchDataset | None = None,
+    test: DataLoader | TorchDataset | None = None,
     method: str = "kd",
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -51,7 +70,13 @@ def distill(
         data: ``"digits"`` or a path as for ``--data``; images (N, H, W) or (N, H, W, C) as uint8
             with labels (N,), as arrays or tensors; pairs of an image (PIL's, or such an array) and
             a label, a torchvision data set without transforms say; or a ``Dataset``. Validation
-            and test images are drawn from it unless it has them.
+            and test images are drawn from it unless it has them. Or a ``DataLoader`` of images
+            (B, C, H, W) as the networks take them and labels: its batches are used as they come,
+            on one device, without the trainer's augmentation, teacher cache, micro-batches or
+            checkpoints within an epoch. Methods that look images up by number (``crd``,
+            ``education``) need one of the other forms.
+        val, test: with a ``DataLoader`` as data, the same of the images that select the best epoch
+            and of those that are read once at the end; or data sets, in batches as large.
         method: as for ``--method``.
         options: those of the method, ``{"temperature": 4.0}``.
         seed: of the batches and of what the method draws.
@@ -72,7 +97,13 @@ def distill(
     made = make_method(method, config.backend, options)
     fabric = make_fabric(config)
     config = replace(config, precision=fabric.strategy.precision.precision)
-    data = _dataset(data, config)
+    if isinstance(data, DataLoader):
+        data = _loaders(data, val, test, student, config, fabric.world_size)
+    elif val is not None or test is not None:
+        raise InputError("val, test: expected with a DataLoader as data; others are split here")
+    else:
+        data = _dataset(data, config)
+    config = replace(config, data=data.name)
     report.console.quiet |= not fabric.is_global_zero
     report.say(*data.described())
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else teacher
@@ -96,6 +127,43 @@ def distill(
     on_first(fabric, partial(checkpoint.write_json, folder / "results.json", results))
     conclude(fabric, out, {"config": record, "environment": kdkernels.info()}, [results], config)
     return results
+
+
+def _loaders(
+    train: DataLoader,
+    val: DataLoader | TorchDataset | None,
+    test: DataLoader | TorchDataset | None,
+    student: nn.Module,
+    config: Config,
+    processes: int,
+) -> LoaderData:
+    for name in FOR_IMAGES_IN_MEMORY:
+        if getattr(config, name) not in (getattr(Config, name), "none"):
+            raise InputError(
+                f"{option(name)}: not with a DataLoader, whose batches are used as they come"
+            )
+    if processes > 1:
+        raise InputError("--devices: a DataLoader's batches go to one; expected arrays or a path")
+    if val is None or test is None:
+        raise InputError(
+            "val, test: expected a DataLoader or data set each beside that of the training images "
+            "(torch.utils.data.random_split makes them)"
+        )
+    val, test = (
+        held if isinstance(held, DataLoader) else DataLoader(held, train.batch_size)
+        for held in (val, test)
+    )
+    shape = shape_of(LoaderSplit("validation", val))
+    logits = shown_two(Tapped(student, what="student"), shape, what="student").logits
+    count = math.prod(logits.shape[1:])
+    names = getattr(train.dataset, "classes", ())
+    return LoaderData(
+        tuple(map(str, names if len(names) == count else range(count))),
+        shape,
+        LoaderSplit("training", train, count),
+        LoaderSplit("validation", val, count),
+        LoaderSplit("test", test, count),
+    )
 
 
 def _dataset(data: Any, config: Config) -> Dataset:

@@ -72,10 +72,16 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def save_model(
-    path: Path, name: str, weights: Mapping[str, Tensor], shape: tuple[int, ...], classes: int
+    path: Path,
+    name: str,
+    weights: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    classes: int,
+    **use: Any,
 ) -> None:
-    """Save a model's weights with what is needed to build it again."""
+    """Save a model's weights with what is needed to build it again, and for its ``use``."""
     metadata = {"model": name, "shape": json.dumps(shape), "classes": str(classes)}
+    metadata |= {key: json.dumps(value) for key, value in use.items()}
     tensors = {key: value.contiguous() for key, value in weights.items()}
     write(path, lambda file: file.write(save(tensors, metadata)))
 

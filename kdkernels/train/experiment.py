@@ -183,7 +183,8 @@ def train(
         **fit(fabric, method, model, teachers, data, config, seed=seed, out=out),
     }
     made = config.student, whole(model.state_dict()), data.shape, len(data.classes)
-    on_first(fabric, partial(checkpoint.save_model, out / "model.safetensors", *made))
+    use = {"names": data.classes, "mean": data.mean.tolist(), "std": data.std.tolist()}
+    on_first(fabric, partial(checkpoint.save_model, out / "model.safetensors", *made, **use))
     on_first(fabric, partial(checkpoint.write_json, out / "results.json", results))
     return results
 

@@ -23,7 +23,7 @@ from kdkernels.train import predictions, report, teacher_cache
 from kdkernels.train.average import Average
 from kdkernels.train.clock import StepClock
 from kdkernels.train.config import Config
-from kdkernels.train.data import Batches, Dataset
+from kdkernels.train.data import Batches, Dataset, LoaderBatches, LoaderData
 from kdkernels.train.devices import (
     on_first,
     predict_together,
@@ -51,7 +51,7 @@ def fit(
     method: Method,
     student: nn.Module,
     teachers: Sequence[nn.Module],
-    data: Dataset,
+    data: Dataset | LoaderData,
     config: Config,
     *,
     seed: int,
@@ -63,17 +63,20 @@ def fit(
     ``checkpoint.pt`` and ``log.jsonl`` into ``out`` and goes on from a checkpoint found there.
     """
     device, predict = fabric.device, partial(predict_together, fabric)
-    batches = Batches(
-        data,
-        batch_size=config.batch_size,
-        augment=config.augment,
-        augment_seed=config.augment_seed,
-        distinct_views=config.cache_views,
-        mixup=config.mixup,
-        seed=seed,
-        device=device,
-        shares=config.accumulate * fabric.world_size,
-    )
+    if isinstance(data, LoaderData):
+        batches = LoaderBatches(data, device)
+    else:
+        batches = Batches(
+            data,
+            batch_size=config.batch_size,
+            augment=config.augment,
+            augment_seed=config.augment_seed,
+            distinct_views=config.cache_views,
+            mixup=config.mixup,
+            seed=seed,
+            device=device,
+            shares=config.accumulate * fabric.world_size,
+        )
     last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
     group = dist.group.WORLD if fabric.world_size > 1 else None
     method.begin(Run(data, last_step, batches.per_epoch, group))

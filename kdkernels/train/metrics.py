@@ -11,27 +11,44 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import functional as KF
-from kdkernels.train.data import Dataset, Split, normaliser
+from kdkernels.train.data import Dataset, LoaderData, LoaderSplit, Split, normaliser
 
 
 def predict(
-    model: nn.Module, data: Dataset, split: Split, device: torch.device, chunk: int = 1024
+    model: nn.Module,
+    data: Dataset | LoaderData,
+    split: Split | LoaderSplit,
+    device: torch.device,
+    chunk: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """Logits (n, K) and labels (n,) of a split; the model's mode is left as it was.
 
     ``model`` gives logits, or an ``Output`` with them.
     """
-    normalise, training = normaliser(data, device), model.training
+    training = model.training
     model.eval()
-    logits = []
-    with torch.no_grad():
-        for start in range(0, len(split), chunk):
-            images = torch.from_numpy(split.take(slice(start, start + chunk))[0]).to(device)
-            out = model(normalise(images))
+    logits, labels = [], []
+    # A loader draws a seed for every pass: training shall not depend on how often this is called.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for images, right in _inputs(data, split, device, chunk):
+            out = model(images)
             logits.append(getattr(out, "logits", out))
+            labels.append(right)
     model.train(training)
-    labels = torch.from_numpy(split.labels[split.rows]).to(device)
-    return torch.cat(logits).float(), labels
+    return torch.cat(logits).float(), torch.cat(labels)
+
+
+def _inputs(
+    data: Dataset | LoaderData, split: Split | LoaderSplit, device: torch.device, chunk: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Network input and labels, some at a time."""
+    if isinstance(split, LoaderSplit):
+        yield from split.batches(device)
+        return
+    normalise = normaliser(data, device)
+    for start in range(0, len(split), chunk):
+        images, labels = map(torch.from_numpy, split.take(slice(start, start + chunk)))
+        yield normalise(images.to(device)), labels.to(device)
 
 
 def measure(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdkernels.train import checkpoint
-from kdkernels.train.data import Dataset
+from kdkernels.train.data import Dataset, LoaderData
 from kdkernels.train.errors import InputError
 
 # Test images that are kept to be shown, and their longest side in pixels.
@@ -30,18 +30,26 @@ class Predictions(NamedTuple):
     student_confidence: np.ndarray  # (n,) their probabilities
     teacher: np.ndarray
     teacher_confidence: np.ndarray
-    examples: np.ndarray  # (EXAMPLES,) positions of images drawn once for all runs on the data
-    images: np.ndarray  # (EXAMPLES, H, W, C) uint8
+    examples: np.ndarray  # (m,) positions of images drawn once for all runs on the data
+    images: np.ndarray  # (m, H, W, C) uint8; none where the data is loaders
 
 
 def save(
-    path: Path, data: Dataset, student: Tensor, labels: Tensor, teacher: Tensor | None
+    path: Path,
+    data: Dataset | LoaderData,
+    student: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None,
 ) -> None:
-    """Keep the predictions of test logits (n, K)."""
+    """Keep the predictions of test logits (n, K), and images, if the data has them as such."""
     if teacher is None:
         teacher = student[:0]
     (chosen, confidence), (chosen_by_teacher, teachers) = map(_top, (student, teacher))
     examples = np.random.default_rng(0).permutation(len(labels))[:EXAMPLES]
+    if isinstance(data, LoaderData):
+        examples, images = examples[:0], np.empty((0, 1, 1, 1), np.uint8)
+    else:
+        images = np.stack([_thumbnail(image) for image in data.test.take(examples)[0]])
     content = Predictions(
         classes=np.array(data.classes),
         labels=labels.cpu().numpy(),
@@ -50,7 +58,7 @@ def save(
         teacher=chosen_by_teacher,
         teacher_confidence=teachers,
         examples=examples,
-        images=np.stack([_thumbnail(image) for image in data.test.take(examples)[0]]),
+        images=images,
     )
     checkpoint.write(path, partial(np.savez_compressed, **content._asdict()))
 

@@ -12,6 +12,7 @@ from kdkernels.train.data import arrays, cache, cifar, folder
 from kdkernels.train.data.augment import Augmentation, mix_up, quarter_turns
 from kdkernels.train.data.batches import Batch, Batches, normaliser
 from kdkernels.train.data.dataset import Dataset, Split, split_off
+from kdkernels.train.data.loaders import LoaderBatches, LoaderData, LoaderSplit, shape_of
 from kdkernels.train.data.sources import open_source
 from kdkernels.train.errors import InputError
 
@@ -20,12 +21,16 @@ __all__ = [
     "Batch",
     "Batches",
     "Dataset",
+    "LoaderBatches",
+    "LoaderData",
+    "LoaderSplit",
     "Split",
     "from_arrays",
     "load_data",
     "mix_up",
     "normaliser",
     "quarter_turns",
+    "shape_of",
 ]
 
 # Half of the digits test, as in scikit-learn's own example; other sets give up a fifth.

@@ -241,6 +241,8 @@ def _pairs(names: Sequence[str], counts: np.ndarray) -> str:
 def examples(one: Predictions) -> str:
     """Some test images with what student and teacher take them for."""
     shown = []
+    if not len(one.examples):
+        return ""
     # Some data, the digits for one, use the lowest few of 256 levels.
     brighter = (one.images.astype(float) * (255 / max(one.images.max(), 1))).astype(np.uint8)
     for position, pixels in zip(one.examples, brighter, strict=True):

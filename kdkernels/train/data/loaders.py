@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's own loaders in the place of a data set in memory: their batches, as they come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kdkernels.train.data.batches import Batch
+from kdkernels.train.errors import InputError
+
+
+class LoaderSplit:
+    """The batches (images, labels) of a loader, whose images are a network's input already.
+
+    What would have to know all of its labels beforehand, or an image's number, is refused.
+    """
+
+    def __init__(self, part: str, loader: DataLoader, classes: int | None = None) -> None:
+        self.part, self.loader, self.classes = part, loader, classes
+        try:
+            self.count = len(loader)
+        except TypeError as error:
+            raise InputError(f"{part} loader: expected one that knows its length") from error
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, C, H, W) and labels, (B,) or probabilities (B, K), of one pass."""
+        for batch in self.loader:
+            images, labels = self._checked(batch)
+            images = images.to(
+                device, torch.float32, non_blocking=True, memory_format=torch.channels_last
+            )
+            yield images, labels.to(device, non_blocking=True)
+
+    def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
+        pair = isinstance(batch, Sequence) and len(batch) == 2
+        if not pair or not all(isinstance(x, Tensor) for x in batch):
+            raise self._unfit("batches (images, labels) of tensors", f"a {type(batch).__name__}")
+        images, labels = batch
+        if images.ndim != 4 or not images.is_floating_point():
+            wanted = "images (B, C, H, W) as networks take them, in floating point"
+            raise self._unfit(wanted, f"{images.dtype} of shape {tuple(images.shape)}")
+        if labels.ndim == 2 and labels.is_floating_point() and self.part == "training":
+            return images, labels
+        if labels.shape != images.shape[:1] or labels.is_floating_point():
+            wanted = f"a whole number for each of {len(images)} images as label"
+            raise self._unfit(wanted, f"{labels.dtype} of shape {tuple(labels.shape)}")
+        least, most = (int(label) for label in labels.aminmax())
+        if self.classes and not 0 <= least <= most < self.classes:
+            wanted = f"labels from 0 to {self.classes - 1}, as many as the student has logits"
+            raise self._unfit(wanted, str(least if least < 0 else most))
+        return images, labels.long()
+
+    def _unfit(self, expected: str, got: str) -> InputError:
+        return InputError(f"{self.part} loader: expected {expected}, got {got}")
+
+    @property
+    def labels(self) -> NoReturn:
+        """Not known."""
+        raise InputError(
+            "data: the method has to know all training images beforehand: expected arrays, pairs "
+            "or a path in place of a DataLoader"
+        )
+
+    rows = labels
+
+    def __len__(self) -> int:
+        return len(self.loader.dataset)
+
+
+@dataclass(frozen=True)
+class LoaderData:
+    """What methods and the loop read of a ``Dataset``, where there are loaders instead."""
+
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]  # height, width and channels of an image
+    train: LoaderSplit
+    val: LoaderSplit
+    test: LoaderSplit
+    name: str = "loaders"
+
+    def described(self) -> list[str]:
+        """What was given, in a line."""
+        each = ", ".join(f"{x.count:,} {x.part}" for x in (self.train, self.val, self.test))
+        height, width, _ = self.shape
+        return [
+            f"loaders: batches of {width}x{height} pixels in {len(self.classes)} classes ({each})"
+        ]
+
+
+class LoaderBatches:
+    """A loader's batches as the loop asks for them: step by step, from the start of an epoch on."""
+
+    def __init__(self, data: LoaderData, device: torch.device) -> None:
+        self.data, self.device, loader = data, device, data.train.loader
+        self.per_epoch = data.train.count
+        # The mean: the last batch may be smaller.
+        self.batch_size = min(loader.batch_size or math.inf, len(data.train) / self.per_epoch)
+        self._pass: Iterator[tuple[Tensor, Tensor]] = iter(())
+
+    def __call__(self, step: int, share: int = 0) -> Batch:
+        if step % self.per_epoch == 0:
+            self._pass = self.data.train.batches(self.device)
+        return Batch(*next(self._pass))
+
+
+def shape_of(split: LoaderSplit) -> tuple[int, int, int]:
+    """Height, width and channels of a loader's images, from its first batch."""
+    with torch.random.fork_rng(devices=[]):
+        images, _ = next(split.batches(torch.device("cpu")))
+    return (*images.shape[2:], images.shape[1])

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``distill`` with a user's own loaders: their batches, as they come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kdkernels.train import InputError, checkpoint, distill, loop
+from kdkernels.train.report.cli import main
+
+QUICK = {"accelerator": "cpu", "epochs": 3}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(width=8, classes=4):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3 * 64, width), nn.ReLU(), nn.Linear(width, classes)
+    )
+
+
+class Noisy(TensorDataset):
+    """Random augmentation of its own, as users' data sets have."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image + 0.1 * torch.randn_like(image), label
+
+
+@pytest.fixture
+def sets():
+    """Training, validation and test images: a pattern for each of 4 classes, in noise."""
+    labels = torch.arange(300) % 4
+    images = torch.randn(300, 3, 8, 8) + torch.randn(4, 3, 8, 8)[labels]
+    parts = zip(images.split([200, 50, 50]), labels.split([200, 50, 50]), strict=True)
+    kinds = Noisy, TensorDataset, TensorDataset
+    return [kind(*part) for kind, part in zip(kinds, parts, strict=True)]
+
+
+def load(data):
+    return DataLoader(data, batch_size=32, shuffle=True)
+
+
+@pytest.mark.parametrize("method", ["kd", "skd+dkd"])
+def test_own_loaders_train(sets, tmp_path, method):
+    train, val, test = map(load, sets)
+    teacher = network(32)
+    distill(teacher, None, train, val=val, test=test, method="ce", **QUICK)
+    student, out = network(), tmp_path / "run"
+    results = distill(student, teacher, train, val=val, test=test, method=method, out=out, **QUICK)
+    assert results["test"]["accuracy"] > 0.8 and results["test"]["agreement"] > 0.8
+    assert results["steps"] == 3 * 7  # the last batch of an epoch has 8 images
+    assert main([str(out), "--out", str(tmp_path / "report.html")]) == 0
+    assert checkpoint.read_json(out / "config.json")["data"] == "loaders"
+
+
+def test_batches_are_used_as_they_come(sets):
+    seen = []
+
+    class Seen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network()
+
+        def forward(self, images):
+            if self.training:
+                seen.append(images.detach().clone())
+            return self.network(images)
+
+    train = DataLoader(TensorDataset(*sets[1].tensors), batch_size=32)
+    settings = {"val": sets[1], "test": sets[2], "method": "ce", "precision": "32-true"}
+    distill(Seen(), None, train, **settings, **QUICK | {"epochs": 1})
+    assert torch.equal(torch.cat(seen), sets[1].tensors[0])
+
+
+def test_a_run_with_loaders_goes_on(sets, tmp_path, monkeypatch):
+    def train(out, **settings):
+        student = network()
+        held = {"val": sets[1], "test": load(sets[2])}
+        distill(student, None, load(sets[0]), method="ce", **held, out=out, **QUICK, **settings)
+        return student.state_dict()
+
+    whole = train(tmp_path / "whole")
+    save = loop.save
+
+    def stop_after(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save", stop_after)
+        train(tmp_path / "parts")
+    parts = train(tmp_path / "parts", resume=True)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val": None}, "val, test: expected a DataLoader or data set each"),
+        ({"teacher_cache": "x"}, "--teacher-cache: not with a DataLoader"),
+        ({"checkpoint_every": 5}, "--checkpoint-every: not with a DataLoader"),
+        ({"augment": "crop"}, "--augment: not with a DataLoader"),
+        ({"batch_size": 8}, "--batch-size: not with a DataLoader"),
+        ({"method": "crd"}, "to know all training images beforehand: expected arrays"),
+        ({"method": "education", "options": {"grades": 1}}, "to know all training images"),
+    ],
+)
+def test_what_loaders_cannot_do_is_said(sets, settings, message):
+    settings = {"val": sets[1], "test": sets[2], "augment": "none"} | settings
+    taps = {"student_taps": ["1"], "teacher_taps": ["1"]}
+    options = taps if settings.get("method") == "crd" else {}
+    settings = {"options": options} | settings
+    with pytest.raises(InputError, match=message):
+        distill(network(), network(), load(sets[0]), **QUICK, **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x, y, y), r"batches \(images, labels\) of tensors, got a list"),
+        (lambda x, y: ((255 * x).byte(), y), "images .* in floating point, got torch.uint8 of"),
+        (
+            lambda x, y: (x, y.float()),
+            "a whole number for each of 32 images as label, got torch",
+        ),
+        (lambda x, y: (x, y + 1), "labels from 0 to 3, as many as the student has logits, got 4"),
+    ],
+)
+def test_batches_that_do_not_fit_are_named(sets, change, message):
+    train = load(TensorDataset(*change(*sets[1].tensors)))
+    with pytest.raises(InputError, match=f"training loader: expected {message}"):
+        distill(network(), None, train, val=sets[1], test=sets[2], method="ce", **QUICK)
+
+
+def test_held_out_sets_go_with_a_loader(sets):
+    images = np.zeros((40, 8, 8, 3), np.uint8), np.arange(40) % 4
+    with pytest.raises(InputError, match="val, test: expected with a DataLoader as data"):
+        distill(network(), None, images, val=sets[1], test=sets[2], method="ce", **QUICK)
