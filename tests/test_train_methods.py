@@ -73,6 +73,28 @@ def test_skd_starts_as_kd_and_teaches_its_simplifier(step, tokens):
     assert {id(p) for p in group["params"]} == {id(p) for p in method.parameters()}
 
 
+@pytest.mark.parametrize("tokens", ["class", "batch"])
+def test_skds_target_stays_the_teachers_at_any_rate(tokens):
+    """Against a student that answers at random, which has a simplifier of its own lose it."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 64, 20, dtype=torch.double) * torch.tensor([[[1]], [[4]]])
+    batch = Batch(torch.empty(64, 1, 8, 8), torch.arange(64) % 20)
+    step = batch, Output(student), [Output(teacher)]
+    agreement = {}
+    for keep, lr in ((0.0, 0.03), (4.0, 0.003), (4.0, 0.03)):
+        method = ready("skd", step, tokens=tokens, keep=keep)
+        optimizer = torch.optim.SGD(method.parameters(), lr, momentum=0.9)
+        for _ in range(400):
+            optimizer.zero_grad()
+            total(method, step).backward()
+            optimizer.step()
+        target = method.simplifier(teacher)
+        agreement[keep, lr] = (target.argmax(1) == teacher.argmax(1)).double().mean().item()
+    print(agreement)
+    assert agreement[0.0, 0.03] < 0.7
+    assert agreement[4.0, 0.003] >= 0.9 and agreement[4.0, 0.03] >= 0.9
+
+
 def test_composed_methods_count_the_cross_entropy_once(step):
     batch, student, (teacher,) = step
     ce = F.cross_entropy(student.logits, batch.labels)

@@ -27,6 +27,7 @@ COMMON = {"student": "mlp8", "accelerator": "cpu", "precision": "64-true", "epoc
 RUNS = {
     "kd": ("kd", {}, {"mixup": 0.5, "clip_norm": 0.1, "accumulate": 2, "ema": 0.9}),
     "skd": ("skd+dkd", {"dim": 4}, {"optimizer": "adamw", "lr": 0.01}),
+    "skd-batch": ("skd", {"dim": 4, "tokens": "batch"}, {}),
     "relations": ("relations", {}, {}),
     "fsdp": ("skd", {"dim": 4}, {"strategy": "fsdp", "precision": "32-true", "clip_norm": 0.1}),
 }

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,17 +20,22 @@ class SKD(Method):
     """CE + T^2 KL(simplified teacher || student): attention rewrites the teacher's logits.
 
     The learning simplifier learns from the KL with the student and is not part of the exported
-    model. Reconstruction: the paper's abstract is all that could be had; what the attention runs
-    over, its sizes and the weights are guesses, see :class:`kdkernels.LearningSimplifier`.
+    model. That KL alone has nothing to stop it before the target is the student: how much of the
+    teacher is left is then a matter of how many steps of what size are taken. So the simplifier
+    also has T^2 KL(teacher || simplified teacher), and settles between the two.
+
+    Reconstruction: the paper's abstract is all that could be had; what the attention runs over, its
+    sizes, the weights and the pull towards the teacher are guesses, see
+    :class:`kdkernels.LearningSimplifier`.
 
     Args:
         temperature: softens the teacher's and the student's probabilities.
         kd_weight: weight of the KL; the cross-entropy's is 1.
         tokens: classes attend to classes in each sample, or samples to samples in each batch.
         dim: width of the attention.
-        simplifier_lr: learning rate of the simplifier, as a share of the student's. It learns
-            faster than the student: at equal rates the target loses the teacher within an epoch
-            (watch target_agreement in the log).
+        keep: how many times as strongly the target is drawn to the teacher as to the student; with
+            0 it loses the teacher sooner or later (target_agreement in the log).
+        simplifier_lr: learning rate of the simplifier, as a share of the student's.
     """
 
     def __init__(
@@ -39,14 +44,15 @@ class SKD(Method):
         kd_weight: float = 1.0,
         tokens: Literal["class", "batch"] = "class",
         dim: int = 32,
-        simplifier_lr: float = 0.005,
+        keep: float = 4.0,
+        simplifier_lr: float = 0.05,
         *,
         backend: str = "auto",
     ) -> None:
         super().__init__(backend)
         check_range(above=0, temperature=temperature, dim=dim)
-        check_range(least=0, kd_weight=kd_weight, simplifier_lr=simplifier_lr)
-        self.temperature, self.kd_weight = temperature, kd_weight
+        check_range(least=0, kd_weight=kd_weight, keep=keep, simplifier_lr=simplifier_lr)
+        self.temperature, self.kd_weight, self.keep = temperature, kd_weight, keep
         self.tokens, self.dim, self.simplifier_lr = tokens, dim, simplifier_lr
 
     def setup(self, student_out: Output, teacher_out: Sequence[Output]) -> None:
@@ -55,16 +61,29 @@ class SKD(Method):
             self.dim,
             temperature=self.temperature,
             tokens=self.tokens,
+            group=self.run.group if self.tokens == "batch" else None,
             backend=self.backend,
         )
 
+    def weights(self, step: int) -> Mapping[str, float]:
+        return {"keep": self.keep * self.kd_weight}
+
     def teach(self, batch: Batch, teacher_out: Sequence[Output]) -> Sequence[Output]:
+        self.original = teacher_out[0].logits
         return [out._replace(logits=self.simplifier(out.logits)) for out in teacher_out]
 
     def losses(
         self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
     ) -> dict[str, Tensor]:
-        loss = KF.kd_loss(
+        terms = {}
+        if self.keep:
+            terms["keep"] = KF.kl_div(
+                teacher_out[0].logits,
+                self.original,
+                temperature=self.temperature,
+                backend=self.backend,
+            )
+        terms["skd"] = KF.kd_loss(
             student_out.logits,
             teacher_out[0].logits,
             batch.labels,
@@ -73,7 +92,7 @@ class SKD(Method):
             kd_weight=self.kd_weight,
             backend=self.backend,
         )
-        return {"skd": loss}
+        return terms
 
     @torch.no_grad()
     def measure(self, student: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
