@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard's event files beside a run's own log."""
+"""A run's own log, gradient norms in it, and TensorBoard's event files beside it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import importlib.util
 import json
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
-from kdkernels.train import Config, logs, loop, run
+from kdkernels.train import Config, checkpoint, logs, loop, run
 from kdkernels.train.cli import main
+from kdkernels.train.learner import gradient_norms
+from kdkernels.train.methods import Output
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,7 +58,7 @@ def test_tensorboard_shows_what_the_log_says(config, tmp_path):
         records = map(json.loads, lines)
         expected = [(record["step"], record[keys[0]][keys[1]]) for record in records]
         assert shown[tag] == [(step, pytest.approx(value)) for step, value in expected]
-    assert {"lr", "samples_per_second", "loss_share"} <= shown.keys()
+    assert {"lr", "samples_per_second", "loss_share", "gradient_norms/ce"} <= shown.keys()
 
 
 def test_a_resumed_run_goes_on_with_its_events(config, tmp_path, monkeypatch):
@@ -72,3 +77,43 @@ def test_a_resumed_run_goes_on_with_its_events(config, tmp_path, monkeypatch):
     run(config(resume=True))
     steps = [step for step, _ in events(tmp_path / "run")["train/loss"]]
     assert len(steps) == 4 and steps == sorted(set(steps))
+
+
+def test_gradient_norms_are_those_of_the_weighted_terms():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, dtype=torch.double, requires_grad=True)
+    feature = torch.randn(4, 5, dtype=torch.double, requires_grad=True)
+    labels, own = torch.tensor([0, 1, 2, 0]), nn.Parameter(torch.ones(2))
+    terms = {
+        "ce": F.cross_entropy(logits, labels),
+        "both": feature.square().sum() + logits.sum(),
+        "own": own.sum(),
+        "constant": torch.ones(()),
+    }
+    norms = gradient_norms(terms, {"both": 0.5}, Output(logits, {"stem": feature}))
+    ce = (logits.softmax(-1) - F.one_hot(labels, 3)) / 4
+    both = 0.5 * torch.cat([2 * feature.flatten(), torch.ones(12)])
+    assert norms.keys() == {"ce", "both"}
+    torch.testing.assert_close(norms["ce"], ce.norm())
+    torch.testing.assert_close(norms["both"], both.norm())
+    assert logits.grad is None and own.grad is None
+
+
+def test_looking_at_gradients_changes_nothing(tmp_path, monkeypatch):
+    """Seldom or in every step: the weights are the same to the bit, and the log has the norms."""
+    config = {
+        "method": "skd+dkd+crd", "student": "mlp8", "teacher": "mlp16", "teacher_epochs": 1,
+        "epochs": 2, "accelerator": "cpu",
+    }  # fmt: skip
+    weights, measured = [], []
+    for every in (100, 1):
+        monkeypatch.setattr(loop, "READ_EVERY", every)
+        out = tmp_path / str(every)
+        run(Config(**config, out=str(out)), {"negatives": 16, "warmup": 1})
+        weights.append(checkpoint.load_state(out / "seed-0" / "checkpoint.pt")["student"])
+        measured.append(checkpoint.read_lines(out / "seed-0" / "log.jsonl")[-1]["gradient_norms"])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    for norms in measured:
+        assert norms.keys() == {"skd.skd", "dkd.dkd", "crd.crd"}
+        assert min(norms.values()) > 0
+    assert measured[0] != measured[1]

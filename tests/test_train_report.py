@@ -90,6 +90,7 @@ def test_the_page_tells_options_teacher_and_predictions(folder):
     assert re.search(r"Teacher: mlp32 \(\d\d?\.\d\d % on test\)\.", text)
     assert re.search(r"teacher [✓✗] \d \d+ %", text)
     assert text.count("Drawn at random") == 2
+    assert text.count("Gradient norms of the terms") == 2
 
 
 def test_a_single_run_has_no_comparison_of_options(folder):

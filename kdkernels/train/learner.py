@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kdkernels.train.clock import StepClock
 from kdkernels.train.data import Batch, Dataset
@@ -42,27 +43,51 @@ class Learner(nn.Module):
         teacher_out: Sequence[Output],
         step: int,
         clock: StepClock,
+        measured: bool,
         student_out: Output,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The loss and its terms in float32 or better, for ``forward`` to call.
 
-        Not arguments of ``forward``, where Fabric would round the teacher to the student's
-        precision.
+        And if the step is ``measured``, :func:`gradient_norms`. Not arguments of ``forward``, where
+        Fabric would round the teacher to the student's precision.
         """
         batch, teacher_out, student_out = self.precision.convert_output(
             (batch, teacher_out, student_out)
         )
         clock.loss_starts(student_out.logits)
+        if measured:  # Views: the clock waits for the gradient to the logits themselves.
+            student_out = tree_map_only(Tensor, lambda x: x.view_as(x), student_out)
         with torch.autocast(self.device_type, enabled=False):
             teacher_out = self.method.teach(batch, teacher_out)
             terms = self.method.losses(batch, student_out, teacher_out)
-            return weighted_sum(terms, self.method.weights(step)), terms
+            weights = self.method.weights(step)
+            norms = gradient_norms(terms, weights, student_out) if measured else {}
+            return weighted_sum(terms, weights), terms, norms
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Sum of the terms; a lone term of weight 1 is handed on as it is, without an operation."""
     weighted = [weights[name] * term if name in weights else term for name, term in terms.items()]
     return functools.reduce(torch.add, weighted)
+
+
+def gradient_norms(
+    terms: Mapping[str, Tensor], weights: Mapping[str, float], student_out: Output
+) -> dict[str, Tensor]:
+    """Norms of the weighted terms' gradients to what the student gives out, its taps included.
+
+    A term that the student has no part in has none. The graph is kept, and the network behind the
+    outputs is not gone through.
+    """
+    outputs = [x for x in tree_leaves(student_out) if isinstance(x, Tensor) and x.requires_grad]
+    norms = {}
+    for name, term in terms.items():
+        if not term.requires_grad:
+            continue
+        gradients = torch.autograd.grad(term, outputs, retain_graph=True, allow_unused=True)
+        if own := [gradient.norm() for gradient in gradients if gradient is not None]:
+            norms[name] = weights.get(name, 1.0) * torch.stack(own).norm()
+    return norms
 
 
 def dry_run(method: Method, student: nn.Module, teachers: Teachers, data: Dataset, fabric: Fabric):

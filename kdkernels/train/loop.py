@@ -41,8 +41,8 @@ from kdkernels.train.state import State, load_weights, restore, save
 from kdkernels.train.taps import Tapped
 from kdkernels.train.teachers import Teachers
 
-# Steps after which losses are looked at: seldom enough to cost nothing, and what is no number ends
-# a run long before the end of a long epoch.
+# Steps after which losses and their gradients are looked at: seldom enough to cost nothing, and
+# what is no number ends a run long before the end of a long epoch.
 READ_EVERY = 100
 
 
@@ -122,12 +122,13 @@ def fit(
                 share = fabric.global_rank * config.accumulate + part
                 batch = method.data(batches, state.step, share)
                 teacher_out = answers(batch, method.teachers(state.step))
-                losses = partial(learner.losses, batch, teacher_out, state.step, clock)
+                measured = position % READ_EVERY == 0
+                losses = partial(learner.losses, batch, teacher_out, state.step, clock, measured)
                 unfinished = part + 1 < config.accumulate
                 with fabric.no_backward_sync(model, enabled=unfinished):
-                    loss, terms = model(batch.images, losses)
+                    loss, terms, norms = model(batch.images, losses)
                     fabric.backward(loss / config.accumulate)
-                tally.add(state.step, terms | {"loss": loss})
+                tally.add(state.step, terms | {"loss": loss}, norms)
             if config.clip_norm:
                 fabric.clip_gradients(
                     model, optimizer, max_norm=config.clip_norm, error_if_nonfinite=False

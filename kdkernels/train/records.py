@@ -16,6 +16,9 @@ from kdkernels.train.clock import StepClock
 from kdkernels.train.errors import DivergedError
 from kdkernels.train.state import State, whole
 
+# What a tally calls the gradient norms of terms, which not every step has.
+NORM_OF = "gradient norm of "
+
 
 class Tally:
     """Losses and their terms, kept on the device until read: reading makes a GPU wait.
@@ -27,8 +30,9 @@ class Tally:
         self.fabric, self.shares = fabric, shares
         self._values: list[tuple[int, str, Tensor]] = []
 
-    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Note values of one of the ``shares`` of a step, counted from 0."""
+    def add(self, step: int, values: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        """Note values of one of the ``shares`` of a step, counted from 0, and gradient norms."""
+        values = {**values, **{NORM_OF + name: value for name, value in norms.items()}}
         self._values += [(step, name, value.detach()) for name, value in values.items()]
 
     def read_into(self, state: State, clock: StepClock) -> None:
@@ -51,6 +55,7 @@ class Tally:
         seconds, loss_seconds = clock.read()
         for name, value in {
             "steps": len({step for step, _, _ in noted}),
+            "measured": len({step for step, name, _ in noted if name.startswith(NORM_OF)}),
             "seconds": seconds,
             "loss_seconds": loss_seconds,
         }.items():
@@ -83,13 +88,19 @@ def close_epoch(
     """
     tally, state.tally = state.tally, {}
     steps, seconds = tally.pop("steps"), tally.pop("seconds")
-    loss_seconds = tally.pop("loss_seconds")
+    loss_seconds, measured = tally.pop("loss_seconds"), tally.pop("measured")
+    norms = {
+        name.removeprefix(NORM_OF): tally.pop(name) / measured
+        for name in list(tally)
+        if name.startswith(NORM_OF)
+    }
     state.history.append(
         {
             "epoch": epoch + 1,
             "step": state.step,
             "lr": lr,
             "train": {name: total / steps for name, total in tally.items()},
+            "gradient_norms": norms,
             "val": validation,
             "samples_per_second": steps * batch_size / seconds,
             "loss_share": loss_seconds / seconds,

@@ -91,12 +91,15 @@ def seeds_table(run: Run) -> str:
 
 
 def training(run: Run) -> list[str]:
-    """Loss terms, the method's own measures, learning rate and speed, by epoch."""
+    """Loss terms, their gradients, the method's own measures, rates and speed, by epoch."""
     logs = [seed.log for seed in run.logged]
     terms = _lines(logs, "train")
     if len(terms) == 2:  # a lone term is the loss
         terms = {name: lines for name, lines in terms.items() if name != "loss"}
     shown = [_chart("Loss terms", "unweighted", terms, log=True)]
+    if norms := _lines(logs, "gradient_norms"):
+        note = "weighted, at what the student gives out; how hard each of them pulls"
+        shown.append(_chart("Gradient norms of the terms", note, norms, log=True))
     measures = {name: x for name, x in _lines(logs, "val").items() if name not in COMMON}
     groups: dict[str, dict[str, list[Points]]] = {}
     for name, lines in measures.items():
@@ -122,9 +125,10 @@ def _kind(measure: str) -> str:
 
 
 def _lines(logs: Sequence[Sequence[dict]], part: str) -> dict[str, list[Points]]:
-    names = dict.fromkeys(name for log in logs for record in log for name in record[part])
+    logs = [[(record["epoch"], record.get(part, {})) for record in log] for log in logs]
+    names = dict.fromkeys(name for log in logs for _, values in log for name in values)
     return {
-        name: [[(r["epoch"], r[part][name]) for r in log if name in r[part]] for log in logs]
+        name: [[(epoch, values[name]) for epoch, values in log if name in values] for log in logs]
         for name in names
     }
 
