@@ -19,6 +19,7 @@ from kdkernels.train.data import Batch, Batches, load_data
 from kdkernels.train.methods import METHODS, Output, Run
 from kdkernels.train.methods.growing import grow
 from kdkernels.train.models import build_model
+from kdkernels.train.teacher_cache import CachedTeachers
 
 SHAPE = (8, 8, 1)
 QUICK = {
@@ -26,6 +27,7 @@ QUICK = {
     "precision": "32-true",
 }  # fmt: skip
 GRADES = {"grades": 2, "boundaries": [0.4]}  # of 30 epochs, 12 and 18
+HALVES = {"grades": 2, "boundaries": [0.5]}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,10 +150,16 @@ def test_batches_are_of_a_group_and_go_over_all_its_images(digits):
     assert method.teachers(59) == (method.groups.index(range(*late.classes)),)
 
 
+def test_by_default_grades_pass_equally_often_over_what_they_see(digits):
+    assert begun(digits, steps=120).starts == [0, 2, 6]
+    assert begun(digits, steps=120, replay=False).starts == [0, 4, 8]
+    assert begun(digits, steps=30).starts == [0, 1, 2]
+
+
 def test_the_learning_rate_may_begin_anew_with_each_grade(digits):
-    restarts = begun(digits, grades=2, steps=40)
+    restarts = begun(digits, grades=2, steps=40, boundaries=[0.5])
     assert [restarts.progress(step) for step in (0, 10, 20, 30)] == [0, 0.5, 0, 0.5]
-    runs_through = begun(digits, grades=2, steps=40, restart=False)
+    runs_through = begun(digits, grades=2, steps=40, boundaries=[0.5], restart=False)
     assert [runs_through.progress(step) for step in (0, 20)] == [0, 0.5]
 
 
@@ -206,7 +214,7 @@ def test_a_run_resumes_bit_equal_across_a_promotion(school, tmp_path, stop):
     """Stopped before the promotion, at the third epoch's start, and in the middle of a grade."""
     config = QUICK | {"teacher_checkpoint": teachers_of(school), "epochs": 4, "augment": "auto"}
     config["checkpoint_every"] = 5
-    run(Config(**config, out=str(tmp_path / "whole")), {"grades": 2})
+    run(Config(**config, out=str(tmp_path / "whole")), HALVES)
     save, saves = loop.save, []
 
     def save_and_stop(*arguments):
@@ -218,8 +226,8 @@ def test_a_run_resumes_bit_equal_across_a_promotion(school, tmp_path, stop):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "save", save_and_stop)
         with pytest.raises(Stop):
-            run(Config(**config, out=str(tmp_path / "again")), {"grades": 2})
-    run(Config(**config, out=str(tmp_path / "again"), resume=True), {"grades": 2})
+            run(Config(**config, out=str(tmp_path / "again")), HALVES)
+    run(Config(**config, out=str(tmp_path / "again"), resume=True), HALVES)
     whole, again = (
         checkpoint.load_state(tmp_path / name / "seed-0" / "checkpoint.pt")
         for name in ("whole", "again")
@@ -235,18 +243,34 @@ def exported(folder):
     return checkpoint.load_model(path, SHAPE, 10)[1].state_dict()
 
 
-def test_cached_specialists_teach_to_the_same_bits(school, tmp_path):
-    config = QUICK | {"teacher_checkpoint": teachers_of(school), "epochs": 3, "augment": "crop"}
+def test_cached_specialists_teach_to_the_same_bits(digits, school, tmp_path, monkeypatch):
+    """And the cache holds what they are asked, of their classes, and no more."""
+    asked, answer = set(), CachedTeachers.__call__
+
+    def noting(cached, batch, indices):
+        asked.update((cached.folders[i].name, view) for i in indices for view in batch.views)
+        return answer(cached, batch, indices)
+
+    monkeypatch.setattr(CachedTeachers, "__call__", noting)
+    config = QUICK | {"teacher_checkpoint": teachers_of(school), "epochs": 4, "augment": "crop"}
     for name, cache in (("plain", {}), ("cached", {"teacher_cache": str(tmp_path / "cache")})):
-        run(Config(**config, **cache, out=str(tmp_path / name)), {"grades": 2})
+        results = run(Config(**config, **cache, out=str(tmp_path / name)), {"grades": 2})
     plain, cached = (exported(tmp_path / name) for name in ("plain", "cached"))
     torch.testing.assert_close(plain, cached, rtol=0, atol=0)
+    kept = {
+        (view.parent.name, int(view.name.removeprefix("view-"))): len(np.load(view / "logits.npy"))
+        for view in (tmp_path / "cache").glob("*/view-*/")
+    }
+    assert kept.keys() == asked
+    assert len(kept) == results["runs"][0]["teacher_cache"]["views_made"]
+    assert len(set(kept.values())) == 2  # the images of either group
+    assert sum(set(kept.values())) == len(digits.train)
 
 
 @pytest.mark.parametrize("settings", [{"ema": 0.9}, {"accumulate": 2}, {"mixup": 0.2}])
 def test_a_growing_student_goes_with(school, tmp_path, settings):
     config = QUICK | {"teacher_checkpoint": teachers_of(school), "epochs": 6} | settings
-    run(Config(**config, out=str(tmp_path)), {"grades": 2})
+    run(Config(**config, out=str(tmp_path)), HALVES)
     log = log_of(tmp_path)
     for first, last in ((0, 2), (3, 5)):  # of a grade
         assert log[last]["train"]["education"] < log[first]["train"]["education"]

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -60,11 +59,11 @@ def prepare(
 ) -> CachedTeachers:
     """The teachers with all that ``method`` will ask them until ``last_step`` on disk."""
     form = form_of(method, config, len(batches.data.classes))
-    cached = CachedTeachers(teachers, batches, Path(config.teacher_cache), form)
-    epochs = range(math.ceil(last_step / batches.per_epoch))
-    asked = {index for epoch in epochs for index in method.teachers(epoch * batches.per_epoch)}
-    views = {view for epoch in epochs for view in batches.views_of(epoch)}
-    cached.fill(sorted(asked), sorted(views))
+    shown = method.shown(batches, last_step)
+    parts = {index: part for index, (part, _) in shown.items()}
+    cached = CachedTeachers(teachers, batches, Path(config.teacher_cache), form, parts)
+    for index, (_, views) in shown.items():
+        cached.fill([index], views)
     made, seconds = cached.cost["teacher_cache"].values()
     report.console.print(f"{config.teacher_cache}: made {made} views in {seconds:.1f} s")
     return cached
@@ -87,14 +86,26 @@ def form_of(method: Method, config: Config, classes: int) -> Form:
 class CachedTeachers:
     """Answers as :class:`Teachers`, from ``folder``; a view that is not there yet is made.
 
+    A teacher that is asked about some of the images only has these ``parts`` of the batches.
     Batches whose images are not views of the training images as they are, but mixed or turned, go
     to the teachers themselves. ``cost`` is what making views has taken.
     """
 
-    def __init__(self, teachers: Teachers, batches: Batches, folder: Path, form: Form) -> None:
+    def __init__(
+        self,
+        teachers: Teachers,
+        batches: Batches,
+        folder: Path,
+        form: Form,
+        parts: Mapping[int, Batches] | None = None,
+    ) -> None:
         self.teachers, self.batches, self.form = teachers, batches, form
-        self.size = images_at_once(batches)
-        self.folders = [folder / key(teacher, batches, form) for teacher in teachers]
+        self.parts = [(parts or {}).get(index, batches) for index in range(len(teachers))]
+        self.folders = [
+            folder / key(*teacher_and_part, form)
+            for teacher_and_part in zip(teachers, self.parts, strict=True)
+        ]
+        self.places = [places(part) for part in self.parts]
         self.cost = {"teacher_cache": {"views_made": 0, "seconds": 0.0}}
         self._views: dict[tuple[int, int], dict[str, Tensor]] = {}  # lately used
         self._checked: set[Path] = set()
@@ -117,7 +128,7 @@ class CachedTeachers:
                     name: array.index_select(0, some.to(array.device)).to(batch.rows.device)
                     for name, array in self._view(index, view).items()
                 }
-                for view, some in zip(batch.views, rows, strict=True)
+                for view, some in zip(batch.views, self.places[index][rows], strict=True)
             ]
             arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             outputs.append(decode(arrays, self.teachers[index].network.paths))
@@ -159,7 +170,7 @@ class CachedTeachers:
 
     def _make(self, index: int, view: int, folder: Path) -> None:
         start_time = time.perf_counter()
-        count, size = len(self.batches.data.train), self.size
+        count, size = len(self.parts[index].pool), images_at_once(self.parts[index])
         label = f"teacher cache, view {view}"
         with made_whole(folder) as unfinished, report.progress(label, 0, count) as advance:
             maps: dict[str, np.ndarray] = {}
@@ -182,8 +193,9 @@ class CachedTeachers:
 
     def _compute(self, index: int, view: int, start: int) -> dict[str, Tensor]:
         """What is kept of the images shown at once that begin at one of them."""
-        rows = torch.arange(start, start + self.size) % len(self.batches.data.train)
-        return encode(self.teachers[index](self.batches.view(rows, view)), self.form)
+        part = self.parts[index]
+        rows = part.pool[torch.arange(start, start + images_at_once(part)) % len(part.pool)]
+        return encode(self.teachers[index](part.view(rows, view)), self.form)
 
     def _compare(self, index: int, view: int, folder: Path, arrays: dict[str, np.ndarray]) -> None:
         """Refuse what the key could not tell apart: another ``forward`` with the same weights."""
@@ -214,9 +226,18 @@ def key(teacher: Teacher, batches: Batches, form: Form) -> str:
         "augment_seed": batches.augment_seed,
         "form": form,
     }
+    if batches.classes:
+        parts["part"] = digest(batches.pool.numpy())
     if form.dtype == "fp32":
         parts["last_bits"] = images_at_once(batches), batches.device.type, torch.__version__
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def places(batches: Batches) -> Tensor:
+    """Where an array of what these batches are of has each training image."""
+    found = torch.full((len(batches.data.train),), -1)
+    found[batches.pool] = torch.arange(len(batches.pool))
+    return found.to(batches.device)
 
 
 def images_at_once(batches: Batches) -> int:

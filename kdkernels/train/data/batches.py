@@ -81,7 +81,7 @@ class Batches:
         self._images = near(data.train.images, self.device)
         self._labels = torch.from_numpy(data.train.labels)
         self._rows = torch.from_numpy(data.train.rows)
-        self._pool = torch.arange(len(data.train))
+        self.pool = torch.arange(len(data.train))  # rows it is of
         self.classes: tuple[int, int] | None = None
         self._epoch, self._order = -1, torch.empty(0)
         self._choices: dict[int, Tensor] = {}  # of the views lately used
@@ -90,7 +90,7 @@ class Batches:
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             rng = np.random.default_rng((self.seed, ORDER, epoch))
-            self._order = self._pool[torch.from_numpy(rng.permutation(len(self._pool)))]
+            self._order = self.pool[torch.from_numpy(rng.permutation(len(self.pool)))]
             self._epoch = epoch
         rows = self._order[position * self.batch_size : (position + 1) * self.batch_size]
         size = self.batch_size // self.shares
@@ -125,14 +125,14 @@ class Batches:
         part = copy.copy(self)
         labels = self._labels[self._rows]
         own = (labels >= classes.start) & (labels < classes.stop)
-        part._pool, part.classes = own.nonzero().flatten(), (classes.start, classes.stop)
-        if len(part._pool) < self.shares:
+        part.pool, part.classes = own.nonzero().flatten(), (classes.start, classes.stop)
+        if len(part.pool) < self.shares:
             raise InputError(
-                f"--data {self.data.name}: {len(part._pool)} training images of classes "
+                f"--data {self.data.name}: {len(part.pool)} training images of classes "
                 f"{classes.start} to {classes.stop - 1}, fewer than micro-batches x processes"
             )
-        part.batch_size = min(self.batch_size, len(part._pool) // self.shares * self.shares)
-        part.per_epoch = len(part._pool) // part.batch_size
+        part.batch_size = min(self.batch_size, len(part.pool) // self.shares * self.shares)
+        part.per_epoch = len(part.pool) // part.batch_size
         part._epoch, part._choices = -1, {}
         return part
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +114,16 @@ class Method(nn.Module):
     def teachers(self, step: int) -> Sequence[int]:
         """Which of the run's teachers answer at a step, by position; by default the first."""
         return (0,) if self.needs_teacher else ()
+
+    def shown(self, batches: Batches, steps: int) -> dict[int, tuple[Batches, Sequence[int]]]:
+        """What each teacher is asked in so many steps: of which batches, and views of their images.
+
+        A teacher cache holds that, and no more.
+        """
+        epochs = range(math.ceil(steps / batches.per_epoch))
+        asked = {index for epoch in epochs for index in self.teachers(epoch * batches.per_epoch)}
+        views = sorted({view for epoch in epochs for view in batches.views_of(epoch)})
+        return {index: (batches, views) for index in sorted(asked)}
 
     def progress(self, step: int) -> float:
         """How much of its schedule the learning rate has behind it, from 0 to 1."""

@@ -31,16 +31,18 @@ class Education(Method):
 
     Reconstruction: idea and recipe are those of abstract and published code, which does not run as
     it is. Guessed: heads pool globally (the code's first one to 4x4); an epoch has the same number
-    of steps in every grade (the code's passes once over the groups seen, so that its first grade is
-    a third as long), which makes budgets those of other methods. The code's own schedule is
-    --boundaries 0.625 0.75 --restart false --order sequential --schedule multistep --epochs 240.
+    of steps in every grade, which makes budgets those of other methods. The code's passes once over
+    the groups seen; so do the default grades, each as often as the others, so that all classes are
+    seen for half of the steps. Its own schedule, of 49, 20 and 61 passes over all images after
+    which the rate falls, is nearly --boundaries 0.38 0.53 --restart false --order sequential
+    --schedule multistep --epochs 130.
 
     Args:
         temperature: softens the teacher's and the student's probabilities.
         alpha: weight of the teacher's part; the labels get the rest.
         grades: number of groups of classes, of teachers and of the student's parts.
-        boundaries: shares of the epochs after which the grades behind the first begin; equally
-            long grades if not given.
+        boundaries: shares of the epochs after which the grades behind the first begin; if not
+            given, a grade is as long as it has groups (1, 2 and 3 sixths).
         replay: whether a grade sees the groups of those before it again.
         order: of the groups in an epoch: taking turns, or one after the other.
         restart: whether the learning rate's schedule begins anew with each grade.
@@ -70,7 +72,7 @@ class Education(Method):
             )
         self.temperature, self.alpha, self.ce_weight = temperature, alpha, 1 - alpha
         self.grades, self.replay, self.order, self.restart = grades, replay, order, restart
-        self.boundaries = boundaries or [grade / grades for grade in range(1, grades)]
+        self.boundaries = boundaries
 
     def specialities(self, classes: int) -> Sequence[range]:
         if classes < self.grades:
@@ -82,7 +84,7 @@ class Education(Method):
         super().begin(run)
         self.groups = self.specialities(len(run.data.classes))
         epochs = math.ceil(run.steps / run.steps_per_epoch)
-        self.starts = [0, *(round(share * epochs) for share in self.boundaries)]
+        self.starts = [0, *self._boundaries(epochs)]
         if sorted({*self.starts, epochs}) != [*self.starts, epochs]:
             raise InputError(
                 f"--boundaries: every grade must last an epoch or more; of {epochs} epochs, grades "
@@ -90,6 +92,18 @@ class Education(Method):
             )
         self.timetable = self._timetable(epochs)
         self._parts: list[Batches] = []
+
+    def _boundaries(self, epochs: int) -> list[int]:
+        """After which of the epochs the grades behind the first begin."""
+        if self.boundaries is not None:
+            return [round(share * epochs) for share in self.boundaries]
+        passes = np.cumsum([len(self._seen(grade)) for grade in range(self.grades)])
+        shares = passes[:-1] / passes[-1]
+        return [max(round(share * epochs), grade) for grade, share in enumerate(shares, 1)]
+
+    def _seen(self, grade: int) -> range:
+        """The groups whose images a grade sees."""
+        return range(0 if self.replay else grade, grade + 1)
 
     def _timetable(self, epochs: int) -> np.ndarray:
         """(steps, 2): the group of each step's batch, and how many of its batches were before."""
@@ -105,7 +119,7 @@ class Education(Method):
 
     def _epoch(self, grade: int, sizes: np.ndarray) -> np.ndarray:
         """The group of each step of an epoch, each as often as its share of the images is."""
-        seen = np.arange(0 if self.replay else grade, grade + 1)
+        seen = np.array(self._seen(grade))
         share = sizes[seen].cumsum() / sizes[seen].sum()
         steps = np.diff((share * self.run.steps_per_epoch).round().astype(int), prepend=0)
         groups = np.repeat(seen, steps)
@@ -124,10 +138,23 @@ class Education(Method):
         return trained.network
 
     def data(self, batches: Batches, step: int, share: int = 0) -> Batch:
+        group, turn = map(int, self.timetable[step])
+        return self._classes(batches)[group](turn, share)
+
+    def _classes(self, batches: Batches) -> list[Batches]:
+        """The batches of each group."""
         if not self._parts:
             self._parts = [batches.only(group) for group in self.groups]
-        group, turn = map(int, self.timetable[step])
-        return self._parts[group](turn, share)
+        return self._parts
+
+    def shown(self, batches: Batches, steps: int) -> dict[int, tuple[Batches, Sequence[int]]]:
+        times = np.bincount(self.timetable[:steps, 0], minlength=self.grades)
+        found = {}
+        for group, part in enumerate(self._classes(batches)):
+            epochs = range(math.ceil(times[group] / part.per_epoch))
+            views = {view for epoch in epochs for view in part.views_of(epoch)}
+            found[group] = part, sorted(views)
+        return found
 
     def teachers(self, step: int) -> Sequence[int]:
         return (int(self.timetable[step, 0]),)
