@@ -35,11 +35,11 @@ struct CrdParams : CrdNumbers {
   uint8_t* fault = nullptr;          // (B,): 1 where an index is not in the bank
 };
 
-// Rows of the bank are visited tile by tile, a tile being what L1 almost holds, if a batch wants a
+// Rows of the bank are visited tile by tile, a tile being what L1 holds, if a batch wants a
 // row several times; else a tile is the whole bank. By the shape alone, on which the order of sums
 // depends.
 static inline int crd_tile_bits(const CrdParams& p) {
-  constexpr int64_t tile_bytes = 1 << 16, uses = 4;
+  constexpr int64_t tile_bytes = 1 << 15, uses = 4;
   if (p.samples * p.negatives < uses * p.bank_rows) return 31;
   const int64_t row = p.dim * (p.in_double ? 8 : 4);
   int bits = 0;

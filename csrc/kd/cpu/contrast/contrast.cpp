@@ -6,8 +6,8 @@
 // copies four times.
 //
 // A sample's negatives are first sorted by tiles of the bank, and the samples take turns on a tile: a
-// bank is then read from memory once, and not B K / n times. Where it is so large that this would
-// help little, its rows are prefetched a batch ahead.
+// bank is then read from memory once, and not B K / n times, each tile while the one before is at
+// work. Where it is so large that this would help little, its rows are prefetched a batch ahead.
 #include <stdint.h>
 #if KD_BYTES > 16  // AVX2 and AVX-512
 #include <immintrin.h>
@@ -23,6 +23,7 @@ namespace KD_ISA {
 
 constexpr int batch = 32;  // rows scored before their probabilities are found
 constexpr int group = 8;   // rows scored at once: independent sums hide the latency of additions
+constexpr int line = 64;   // bytes
 
 // Products of `group` rows with one vector.
 template <class S>
@@ -76,7 +77,6 @@ struct Anchor {
   void add(const int32_t* id, int64_t n, S sign) {
     using V = typename VectorOf<S>::V;
     constexpr S none = S(-__builtin_inf());
-    constexpr int line = 64 / sizeof(S);
     const int dim = (int)p.dim;
     const S* const bank = (const S*)side.bank;
     for (int64_t first = 0; first < n; first += batch) {
@@ -85,7 +85,8 @@ struct Anchor {
       alignas(64) S score[batch], weight[batch];
       for (int r = 0; r < batch; r++) row[r] = bank + p.dim * id[first + (r < rows ? r : 0)];
       for (int64_t k = first + batch; far && k < first + 2 * batch && k < n; k++)
-        for (int d = 0; d < dim; d += line) __builtin_prefetch(bank + p.dim * id[k] + d);
+        for (int d = 0; d < dim; d += line / sizeof(S))
+          __builtin_prefetch(bank + p.dim * id[k] + d);
       for (int r = 0; r < rows; r += group) dots(row + r, v, dim, score + r);
       for (int r = rows; r < batch; r++) score[r] = sign * none;
       V losses{};
@@ -127,8 +128,10 @@ template <class S>
 void contrast(const CrdParams& p, int64_t begin, int64_t end) {
   const int bits = crd_tile_bits(p);
   const int64_t tiles = crd_tiles(p), padded = crd_padded(p);
-  const double share = (double)p.negatives / p.bank_rows, c = share + p.eps;
-  const double constant = -p.negatives * __builtin_log(share / c);
+  const double expected = (double)p.negatives / p.bank_rows, c = expected + p.eps;
+  const double constant = -p.negatives * __builtin_log(expected / c);
+  const int64_t row_bytes = p.dim * sizeof(S), bank_bytes = row_bytes * p.bank_rows;
+  const int64_t tile_bytes = row_bytes << bits, share = tile_bytes / (end - begin) + 1;
   for (int64_t i = begin; i < end; i++) p.fault[i] = !sort_by_tile(p, i, bits, tiles);
   for (int k = 0; k < 2; k++) {
     const CrdSide& side = p.side[k];
@@ -141,8 +144,13 @@ void contrast(const CrdParams& p, int64_t begin, int64_t end) {
       __builtin_memset(p.sums + i * padded, 0, padded * sizeof *p.sums);
       loss[i] = constant;
     }
+    const char* const bank = (const char*)side.bank;
     for (int64_t t = 0; t < tiles; t++)
       for (int64_t i = begin; i < end; i++) {
+        // The next tile comes into L2 meanwhile, a share of it with every sample.
+        int64_t next = (t + 1) * tile_bytes + (i - begin) * share;
+        const int64_t stop = next + share < bank_bytes ? next + share : bank_bytes;
+        for (; next < stop; next += line) __builtin_prefetch(bank + next, 0, 2);
         if (p.fault[i]) continue;
         const int32_t* const start = p.starts + i * (tiles + 1) + t;
         Anchor<S> a = anchor(i);
