@@ -9,8 +9,11 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from kdkernels.train.data import Batch
-from kdkernels.train.models import build_model
+from kdkernels.train.models import build_model, usual_taps
 from kdkernels.train.models.layers import Network
+from kdkernels.train.models.resnet import BasicBlock
+from kdkernels.train.packed import Block, Convolution, packed, supported
+from kdkernels.train.taps import Tapped
 from kdkernels.train.teachers import Teachers, folded
 
 SHAPE = (8, 8, 1)
@@ -90,3 +93,59 @@ def test_a_users_network_is_not_folded():
 
     network = Between(nn.Sequential(nn.Conv2d(1, 10, 3), nn.BatchNorm2d(10)))
     assert folded(network.eval()) is network
+
+
+MODELS = ["resnet8", "ResNet50", "wrn10-1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
+
+
+@pytest.mark.skipif(not supported(torch.float32), reason="needs oneDNN on x86")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_convolutions_give_the_same(name, precision):
+    if precision != "32-true" and not supported(torch.bfloat16):
+        pytest.skip("needs AVX-512")
+    torch.manual_seed(0)
+    network = build_model(name, (16, 16, 3), 10)
+    places = usual_taps(network)
+    taps = [*places.stages, *places.preactivations, places.pooled]
+    images = torch.randn(16, 3, 16, 16)
+    network(images)  # running statistics of its own
+    plain = Tapped(folded(network.eval(), taps), taps)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    with torch.no_grad():
+        expected = plain(images)
+        with torch.autocast("cpu", enabled=precision != "32-true"):
+            rounded = plain(images)
+    for paths in ([], taps):
+        teacher = Teachers(fabric, [network], [paths])[0]
+        assert any(type(module) is Convolution for module in teacher.modules())
+        found = teacher(images)
+        for at in [None, *paths]:
+            one, other, least = (
+                (out.features[at] if at else out.logits).float()
+                for out in (found, expected, rounded)
+            )
+            room = 1.2 * (least - other).norm() + 1e-5 * other.norm()
+            assert (one - other).norm() <= room
+
+
+@pytest.mark.skipif(not supported(torch.float32), reason="needs oneDNN on x86")
+def test_hooks_see_what_they_saw_before_packing():
+    network = folded(build_model("resnet8", SHAPE, 10).eval())
+    block, unit = network.stages[0][0], network.stages[1][0].body[0]
+    seen = []
+    for module in (block.relu, unit[0]):
+        module.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape))
+    faster = packed(network, [], "32-true")
+    assert type(faster.stages[0][0]) is BasicBlock and type(faster.stages[2][0]) is Block
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(faster(images), network(images))
+    assert len(seen) == 4 and seen[:2] == seen[2:]
+
+
+def test_precisions_without_a_packed_form_and_users_networks_stay():
+    network = build_model("resnet8", SHAPE, 10)
+    assert packed(network, [], "64-true") is network
+    users = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    assert packed(users, [], "32-true") is users

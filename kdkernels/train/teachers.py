@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from kdkernels.train.data import Batch
 from kdkernels.train.methods import Output
 from kdkernels.train.models.layers import Network
+from kdkernels.train.packed import hooked, packed
 from kdkernels.train.taps import Tapped
 
 
@@ -46,7 +47,8 @@ class Teacher(nn.Module):
 class Teachers(nn.ModuleList):
     """What the teachers asked for, by position, make of a batch.
 
-    Those of the trainer's models answer with their batch normalisations :func:`folded`.
+    Those of the trainer's models answer with their batch normalisations :func:`folded`, and on CPUs
+    with their convolutions :func:`packed`.
     ``taps`` are for each of the ``networks`` the paths of the modules whose outputs are wanted too.
     """
 
@@ -55,12 +57,15 @@ class Teachers(nn.ModuleList):
     def __init__(
         self, fabric: Fabric, networks: Sequence[nn.Module], taps: Sequence[Sequence[str]]
     ) -> None:
-        # Before they are folded: what is rounded to float32 stays so in float64.
-        convert = fabric.strategy.precision.convert_module
-        super().__init__(
-            Teacher(fabric, folded(convert(network.eval()), paths), paths)
-            for network, paths in zip(networks, taps, strict=True)
-        )
+        precision = fabric.strategy.precision
+        answering = []
+        for network, paths in zip(networks, taps, strict=True):
+            # Before it is folded: what is rounded to float32 stays so in float64.
+            network = folded(precision.convert_module(network.eval()), paths)
+            if fabric.device.type == "cpu":
+                network = packed(network, paths, precision.precision)
+            answering.append(Teacher(fabric, network, paths))
+        super().__init__(answering)
 
     def forward(self, batch: Batch, indices: Sequence[int]) -> list[Output]:
         return [self[index](batch.images) for index in indices]
@@ -98,8 +103,3 @@ def folded(network: nn.Module, taps: Sequence[str] = ()) -> nn.Module:
                 parent._modules[next_name] = nn.Identity()
                 found = True
     return copied if found else network
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether something looks at what the module takes or gives out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
