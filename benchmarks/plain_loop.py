@@ -9,6 +9,7 @@ accuracies and the loss read back in every step.
 from __future__ import annotations
 
 import random
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -86,7 +87,7 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.max_steps)
     clock = StepClock(device)
-    batches = iter(loader)
+    batches = (batch for _ in count() for batch in loader)
     for step in range(config.max_steps):
         if step == WARM_UP:
             clock.read()

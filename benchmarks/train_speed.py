@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast the trainer is: against a plain loop, and with fused against reference losses.
 
-python benchmarks/train_speed.py [--device cuda] [--rounds 3] [--part loops | methods]
+python benchmarks/train_speed.py [--device cuda] [--rounds 3] [--part loops | methods | accuracy]
 
 A round trains every contender from the same weights, the round's own, for the same few steps, one
-after the other; ratios are taken within a round, and their median over rounds counts. Rounds are
-added to the result of the day if that was made with the same settings. Writes
-benchmarks/results/train_speed/<device>/<date>.json, and a table beside it.
+after the other, every other round in reverse; ratios are taken within a round, and their median
+over rounds counts. Rounds are added to the result of the day if that was made with the same
+settings. Methods run at the precision the trainer chooses by itself, unless told otherwise.
+
+So few steps teach nothing. That contenders learn alike is shown apart, by whole trainings of a
+small student (``PROTOCOL``, written down before it was run) with seeds 0, 1 and 2.
+
+Writes benchmarks/results/train_speed/<device>/<date>.json, and a table beside it.
 """
 
 from __future__ import annotations
@@ -14,36 +19,43 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median, stdev
 
 import numpy as np
 import plain_loop
 import torch
+import train_speed_table
 from torch import nn
 
 from kdkernels.bench import Settings
 from kdkernels.bench.rows import environment
 from kdkernels.train import checkpoint
 from kdkernels.train.config import Config
-from kdkernels.train.data import Dataset, Split, load_data
-from kdkernels.train.devices import make_fabric
+from kdkernels.train.data import Dataset, Split, load_data, split_off
+from kdkernels.train.devices import make_fabric, native_precision
 from kdkernels.train.experiment import make_method
 from kdkernels.train.loop import fit
 from kdkernels.train.metrics import accuracy, predict
 from kdkernels.train.models import build_model
 
-DATA = Path("../shared/data/tiny-imagenet-even100-32px.tar.xz")
-VAL, TEST = 256, 1000  # images: enough to see that contenders learn alike
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared/data/tiny-imagenet-even100-32px.tar.xz"
+STAND_IN = "stand-in"
+VAL, TEST = 256, 1000  # images: read after every short training, so few
 # Methods over maps have large outputs to keep; so many images will do for their steps.
 MAPS, FEW = ("at", "fitnet"), 4096
 METHODS = {
     "kd": {}, "dkd": {}, "skd": {}, "skd, batch": {"tokens": "batch"}, "at": {}, "fitnet": {},
     "crd": {},
 }  # fmt: skip
+# Whole trainings: the student, its teacher (of accuracy.py), epochs of so many images.
+PROTOCOL = {"student": "resnet8", "teacher": "resnet20", "epochs": 5, "images": 10000}
+PROTOCOL_TEACHER = ROOT / "benchmarks/results/accuracy/tiny-imagenet-even100/resnet20.safetensors"
+SEEDS = (0, 1, 2)
+CACHED_VIEWS = 2  # of each image, where the teacher is cached; else one of its own in every epoch
 
 
 @dataclass(frozen=True)
@@ -71,13 +83,26 @@ LOOPS = (
     Contender("kdkernels", "bf16-mixed"),
     Contender("kdkernels", "bf16-mixed", cached=True),
 )
+PARTS = ("loops", "methods", "accuracy")
+
+
+def pair(method: str, precision: str) -> tuple[Contender, Contender]:
+    """A method with the reference's losses, and with fused ones."""
+    one, other = (
+        Contender("kdkernels", precision, backend, cached=True, method=method)
+        for backend in ("reference", "auto")
+    )
+    return one, other
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--part", default="all", choices=("all", "loops", "methods"))
+    parser.add_argument("--part", default="all", choices=("all", *PARTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "32-true", "bf16-mixed"), help="of methods"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -94,17 +119,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True  # as the suites have it
     bench = Bench(arguments)
-    if arguments.part != "methods":
+    parts = PARTS if arguments.part == "all" else (arguments.part,)
+    if "loops" in parts:
         bench.run("loops", LOOPS)
-    if arguments.part != "loops":
-        bench.run(
-            "methods",
-            [
-                Contender("kdkernels", backend=backend, cached=True, method=method)
-                for method in arguments.methods
-                for backend in ("reference", "auto")
-            ],
-        )
+    if "methods" in parts:
+        precision = arguments.precision
+        if precision == "auto":
+            precision = native_precision(bench.device)
+        pairs = [pair(method, precision) for method in arguments.methods]
+        bench.run("methods", [contender for both in pairs for contender in both])
+    if "accuracy" in parts:
+        bench.compare_accuracy()
 
 
 class Bench:
@@ -118,7 +143,8 @@ class Bench:
             student=arguments.student, batch_size=arguments.batch_size, epochs=1,
             max_steps=arguments.steps, cache_views=1, accelerator=arguments.device, lr=0.05,
         )  # fmt: skip
-        self.data = self.load(arguments.data)
+        self.whole = self.load(arguments.data)
+        self.data = self.shortened(self.whole)
         self.teacher = self.train_teacher(arguments.teacher, arguments.teacher_steps)
         settings = {
             name: getattr(arguments, name)
@@ -144,13 +170,21 @@ class Bench:
                 self.result = before
 
     def load(self, path: Path) -> Dataset:
-        """The data, with so many images for validation and test as are worth the time."""
+        """The data, or what stands in for it."""
         if path.exists():
-            data = load_data(
+            return load_data(
                 str(path), val_fraction=0.1, split_seed=0, image_size=None, cache_dir=self.work
             )
-        else:
-            data = stand_in()
+        print(
+            f"WARNING: {path} does not exist: this measures a STAND-IN of made-up images, not the "
+            "data of the results kept here, and its accuracies mean nothing",
+            file=sys.stderr,
+        )
+        return stand_in()
+
+    @staticmethod
+    def shortened(data: Dataset) -> Dataset:
+        """With so many images for validation and test as are worth the time."""
         rng = np.random.default_rng(0)
         val, test = (
             replace(split, rows=rng.permutation(split.rows)[:count])
@@ -182,31 +216,56 @@ class Bench:
             return fit(fabric, method, student, teachers, data, config, seed=seed, out=Path(out))
 
     def run(self, part: str, contenders: list[Contender]) -> None:
-        """Rounds over these contenders, the first of them in turn."""
+        """Rounds over these contenders, forwards and backwards in turn."""
         done = self.result["rounds"][part]
         for _ in range(self.rounds):
             seed = len(done)
-            first = seed % len(contenders)
             turn = {
                 contender.name: self.measure(contender, seed)
-                for contender in (*contenders[first:], *contenders[:first])
+                for contender in contenders[:: -1 if seed % 2 else 1]
             }
             done.append(turn)
             self.keep()
 
     def measure(self, contender: Contender, seed: int) -> dict[str, float]:
         """One short training from weights of its round."""
-        config = replace(
-            self.config, method=contender.method, precision=contender.precision,
-            backend=contender.backend,
-            teacher_cache=str(self.work / "cache") if contender.cached else None,
-        )  # fmt: skip
         data = self.data
         if contender.method in MAPS:
             data = replace(data, train=replace(data.train, rows=data.train.rows[:FEW]))
+        return self.train(contender, self.config, self.teacher, data, seed)
+
+    def compare_accuracy(self) -> None:
+        """The whole trainings that are not done yet, in the plain loop and in the trainer."""
+        data, teacher, steps = self.whole, self.teacher, self.config.max_steps
+        if data.name != STAND_IN:
+            teacher = checkpoint.load_model(PROTOCOL_TEACHER, data.shape, len(data.classes))[1]
+            few = split_off(data.train, PROTOCOL["images"] / len(data.train), 0)[1]
+            data = replace(data, train=few, val=self.data.val)
+            steps = PROTOCOL["epochs"] * (len(few) // self.config.batch_size)
+        config = replace(
+            self.config, student=PROTOCOL["student"], epochs=PROTOCOL["epochs"], max_steps=steps
+        )
+        kept = self.result.setdefault("accuracy", {"protocol": PROTOCOL, "runs": {}})["runs"]
+        for seed in SEEDS:
+            for contender in (LOOPS[0], *LOOPS[2:]):
+                runs = kept.setdefault(contender.name, [])
+                if len(runs) <= seed:
+                    recipe = replace(config, cache_views=CACHED_VIEWS if contender.cached else None)
+                    runs.append(self.train(contender, recipe, teacher, data, seed))
+                    self.keep()
+
+    def train(
+        self, contender: Contender, config: Config, teacher: nn.Module, data: Dataset, seed: int
+    ) -> dict[str, float]:
+        """One training by ``config``, from weights of that seed."""
+        config = replace(
+            config, method=contender.method, precision=contender.precision,
+            backend=contender.backend,
+            teacher_cache=str(self.work / "cache") if contender.cached else None,
+        )  # fmt: skip
         torch.manual_seed(seed)
         student = build_model(config.student, data.shape, len(data.classes))
-        teacher = copy.deepcopy(self.teacher)
+        teacher = copy.deepcopy(teacher)
         if contender.loop == "plain":
             found = plain_loop.train(student, teacher, data, config, self.device)._asdict()
             found["accuracy"] = accuracy(*predict(student, data, data.test, self.device))
@@ -218,14 +277,21 @@ class Bench:
             found["accuracy"] = results["test"]["accuracy_of_last_epoch"]
             cost = results.get("teacher_cache")
             if cost and cost["views_made"]:
-                self.result["cache"][contender.name] = cost | {"images": len(data.train)}
+                name = f"{contender.name} of {config.student}"
+                self.result["cache"][name] = cost | {"images": len(data.train)}
         print(contender.name, {name: round(value, 4) for name, value in found.items()}, flush=True)
         return found
 
     def keep(self) -> None:
         """Write the result so far, and its table."""
         self.path.write_text(json.dumps(self.result, indent=1) + "\n")
-        self.path.with_suffix(".md").write_text(tables(self.result))
+        pairs = {
+            f"{method}, {precision}": tuple(contender.name for contender in pair(method, precision))
+            for precision in ("32-true", "bf16-mixed")
+            for method in METHODS
+        }
+        text = train_speed_table.tables(self.result, [loop.name for loop in LOOPS], pairs)
+        self.path.with_suffix(".md").write_text(text)
 
 
 def stand_in(count: int = 6400, classes: int = 100) -> Dataset:
@@ -238,79 +304,7 @@ def stand_in(count: int = 6400, classes: int = 100) -> Dataset:
     parts = np.split(np.arange(len(labels)), [count, count + VAL])
     splits = [Split(images, labels, rows) for rows in parts]
     names = tuple(map(str, range(classes)))
-    return Dataset.build("stand-in", names, "stand-in", "crop-flip", *splits)
-
-
-def tables(result: dict) -> str:
-    """The result as Markdown."""
-    now, settings = result["environment"], result["environment"]["settings"]
-    lines = [
-        f"{now['device']}, {now['threads']} threads, {now['date'][:10]}, commit "
-        f"{(now['commit'] or 'unknown')[:10]}. {settings['student']} taught by "
-        f"{settings['teacher']} (accuracy {100 * result['teacher_accuracy']:.1f} %), batch "
-        f"{settings['batch_size']}, {settings['images']} images of {settings['data']}, "
-        f"{settings['steps']} steps a round.",
-        "",
-    ]
-    if rounds := result["rounds"]["loops"]:
-        head = ("loop", "samples/s", "x plain", "loss, % of the step", "loss, ms", "accuracy, %")
-        lines += row(head) + row(["---"] * len(head))
-        for contender in LOOPS:
-            runs = [turn[contender.name] for turn in rounds]
-            lines += row([
-                contender.name, f"{middle(runs, 'samples_per_second'):.0f}",
-                ratios(rounds, LOOPS[0].name, contender.name),
-                f"{100 * middle(runs, 'loss_share'):.2f}", f"{middle(runs, 'loss_ms'):.3f}",
-                spread([100 * run["accuracy"] for run in runs]),
-            ])  # fmt: skip
-        lines.append("")
-    for name, cost in result["cache"].items():
-        each = 1000 * cost["seconds"] / cost["images"] / cost["views_made"]
-        lines.append(
-            f"- Making the cache of {name}: {cost['seconds']:.1f} s for a view of "
-            f"{cost['images']} images, {each:.3f} ms each."
-        )
-    if rounds := result["rounds"]["methods"]:
-        head = (
-            "method", "reference, samples/s", "fused", "ratio", "loss, % of the step, reference",
-            "fused", "loss, ms, reference", "fused",
-        )  # fmt: skip
-        lines += ["", *row(head), *row(["---"] * len(head))]
-        for method in METHODS:
-            pair = [
-                Contender("kdkernels", backend=backend, cached=True, method=method).name
-                for backend in ("reference", "auto")
-            ]
-            if with_both := [turn for turn in rounds if pair[0] in turn]:
-                both = [[turn[name] for turn in with_both] for name in pair]
-                lines += row([
-                    method, *(f"{middle(runs, 'samples_per_second'):.0f}" for runs in both),
-                    ratios(with_both, *pair),
-                    *(f"{100 * middle(runs, 'loss_share'):.2f}" for runs in both),
-                    *(f"{middle(runs, 'loss_ms'):.2f}" for runs in both),
-                ])  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def row(cells: Iterable[str]) -> list[str]:
-    """A line of a table."""
-    return ["| " + " | ".join(cells) + " |"]
-
-
-def middle(runs: list[dict], name: str) -> float:
-    """The median over rounds."""
-    return median(run[name] for run in runs)
-
-
-def ratios(rounds: list[dict], one: str, other: str) -> str:
-    """How many times as fast the other is: median, least and greatest over rounds."""
-    each = [turn[other]["samples_per_second"] / turn[one]["samples_per_second"] for turn in rounds]
-    return f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{mean(values):.2f} ± {stdev(values) if len(values) > 1 else 0:.2f}"
+    return Dataset.build(STAND_IN, names, STAND_IN, "crop-flip", *splits)
 
 
 if __name__ == "__main__":

@@ -55,10 +55,15 @@ def test_every_contender_runs_on_the_stand_in(tmp_path):
         f"--teacher-steps 2 --steps 12 --rounds 2 --work {tmp_path / 'work'} --output {tmp_path}"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}
-    subprocess.run(command.split(), cwd=BENCHMARKS, check=True, env=environment)
+    ran = subprocess.run(
+        command.split(), cwd=BENCHMARKS, check=True, env=environment, stderr=subprocess.PIPE
+    )
+    assert b"STAND-IN" in ran.stderr
     (path,) = tmp_path.glob("*/*.json")
     result = json.loads(path.read_text())
     for rounds in result["rounds"].values():
         assert len(rounds) == 2
         assert all(run["samples_per_second"] > 0 for turn in rounds for run in turn.values())
-    assert "| crd |" in path.with_suffix(".md").read_text()
+    assert all(len(runs) == 3 for runs in result["accuracy"]["runs"].values())
+    table = path.with_suffix(".md").read_text()
+    assert "| crd, " in table and "Whole trainings" in table
