@@ -65,7 +65,8 @@ def test_the_likeliest_class_is_raised(form, raised, classes, backend, device):
     """Then all others differ by as much, relative to the maximum, and the sums cancel.
 
     The less of the probability the class has, the more: a kernel that takes a row's loss from these
-    sums has to see when digits are lost. On the CPU that is at about 1/2, in a mixture at 1/9.
+    sums has to see when digits are lost. About the maxima that is at about 1/2; in a mixture on the
+    CPU, at 1/9.
     """
     limits = torch.linspace(0.48, 0.52, 60), torch.linspace(0.105, 0.135, 60)
     p = torch.cat([torch.linspace(0.01, 0.6, 60), *limits])
@@ -77,6 +78,15 @@ def test_the_likeliest_class_is_raised(form, raised, classes, backend, device):
     teachers[0, :, 5] += raised
     teachers[1, :, 5] += raised / 2
     assert_exact(student, teachers, form, backend)
+
+
+@forms
+@pytest.mark.parametrize("sharper", [0.8, 0.9, 1.05, 1.2])
+def test_a_teacher_of_other_sharpness(form, sharper, backend, device):
+    """Close rows whose sums about their own maxima differ severalfold."""
+    student = 3 * torch.randn(32, 1000, generator=torch.Generator().manual_seed(0))
+    teachers = (sharper * student).repeat(2, 1, 1)
+    assert_exact(student.to(device), teachers.to(device), form, backend)
 
 
 @forms

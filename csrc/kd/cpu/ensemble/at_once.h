@@ -3,14 +3,14 @@
 // and the student's gradient from the exponentials that it kept.
 
 // A sum's divergences. With a and b as the excess and the bend over the student's sum, that of a
-// close teacher is (b - ((1 + a) log(1 + a) - a)) / (1 + a); false where this cancels, as it does
-// where otherwise close rows have their maxima far apart.
+// close teacher is (b - ((1 + a) log(1 + a) - a)) / (1 + a); false where this cancels, as it may
+// where all but a few classes are the same.
 inline bool add_up(const Row<float>& r, Teacher<float>* teachers, int64_t count) {
   for (int64_t m = 0; m < count; m++) {
     Teacher<float>& t = teachers[m];
     t.value = t.dot / t.sum - t.delta;
     if (!t.close) continue;
-    const double bend = t.bend / r.sum_s, lost = (1 + t.ratio) * t.delta - t.ratio;
+    const double bend = t.bend / r.sum_s, lost = (1 + t.ratio) * (t.delta - t.shift) - t.ratio;
     if (lost > 0.5 * bend) {
       for (int64_t k = 0; k <= m; k++) teachers[k].value = 0;  // the steps add to it
       return false;
@@ -28,7 +28,7 @@ inline float share_out(const Row<float>& r, Teacher<float>* teachers, int64_t co
   for (int64_t m = 0; m < count; m++) {
     Teacher<float>& t = teachers[m];
     const double weight = factor * t.weight;
-    t.share = float(weight * t.k.inv_sum_t);
+    t.share = float(weight * t.k.inv_sum_t * t.scale);
     t.kept = t.close ? t.gaps : t.exps;
     own -= t.close ? t.share * t.ratio : weight * r.k.inv_sum_s;
   }

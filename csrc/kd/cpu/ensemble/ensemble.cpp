@@ -4,7 +4,8 @@
 // teachers, every teacher's once, and every gradient is written once (fp32, loss and student
 // gradient: 4 M + 8 bytes an element); the later sweeps over a row find it in the cache.
 //
-//   measure  as in rowwise, with the student's exponentials formed once
+//   measure  the maxima, and one exponential a class and side; and class by class, what is exact
+//            where a teacher is close to the student, unless its sums show that it is far
 //   reduce   the divergences, and the sums that centre the teachers' gradients; only for these
 //   emit     the gradients, and the divergences if there was no need to reduce
 //

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // A row's teachers while it is being worked on, and the first step, `measure`.
 
+// Divergences above this are exact from plain sums in fp32, where no more than 1 cancels in them.
+constexpr double apart = 1. / 8;
+
 template <class S>
 struct Teacher {
   const EnsembleTeacher* p;
@@ -10,11 +13,14 @@ struct Teacher {
   double weight;
   Scalars<S> k;
   S highest;                         // of u_t - u_s
-  // Sums of exp(u_t); and in fp32, with d = u_t - u_s, of exp(u_s) expm1(d), exact near 0. Of the
-  // last block: of exp(u_t) d, and of exp(u_s) (1 + exp(d) (d - 1)), exact near 0.
-  double sum, excess, dot, bend;
-  double delta, ratio;               // log of the sum over the student's; that less 1, if close
-  bool close;
+  // Sums of exp(u_t); of the last block, of exp(u_t) (u_t - u_s).
+  double sum, dot;
+  // In fp32, of those that are compared with the student, with d = u_t - u_s - shift: sums of
+  // exp(u_s) expm1(d), and of the last block of exp(u_s) (1 + exp(d) (d - 1)), both exact near 0.
+  double excess, bend;
+  double shift, scale;               // and its exponential
+  double delta, ratio;               // log of the sum over the student's; and from `excess`
+  bool far, close;                   // not compared; compared, and `ratio` is exact
   double value;                      // the weight's derivative: KL, or sum (p_m - p_s) log(q / p_s)
   double mass, centre;               // sum p, and sum p D / sum p: D is the derivative to p
   double slope_s, slope_t;           // sums of du (z - max), for the temperatures
@@ -39,7 +45,8 @@ int64_t gather(const EnsembleParams& p, const Row<S>& r, Teacher<S>* to, S* exps
     t.exps = exps + 3 * block * count++, t.gaps = t.exps + block, t.buffer = t.gaps + block;
     t.highest = 0;
     t.sum = t.dot = t.excess = t.bend = t.value = t.mass = t.centre = t.slope_s = t.slope_t = 0;
-    t.infinite = false;
+    t.shift = 0, t.scale = 1;
+    t.far = t.infinite = false;
     t.k.max_t = floor_of<S>;
   }
   return count;
@@ -61,57 +68,52 @@ const S* next_row(const S* at, const S* copy, const Rows& rows) {
   return at == copy ? at : at + rows.inner_stride;
 }
 
-// One block in fp32, with one exponential a class: that of a near one is the student's times
-// exp(d). Two sweeps, since one's chain of operations would be longer than what the processor has
-// in flight at a time.
-template <bool mixture, class Ratio>
-KD_FN void measure(Teacher<float>& t, int n, const float* z, const float* exp_s, float* ratios,
-                   const Ratio& ratio) {
-  using V = vf;
-  const Scalars<float> k = t.k;
-  float *exps = t.exps, *gaps = t.gaps, *powers = exps, *rests = gaps;
-  V sum_t{}, dot{}, excess{}, bend{}, high = all<V>(t.highest);
-  const float* next = next_row(z, t.buffer, t.p->logits);
-  sweep<V>(n, [&](int i, auto w) {
+// One block, each side's exponentials about its own maximum. `u_s` is bounded from below, so that a
+// class that is off on both sides has a low difference.
+template <class S>
+KD_FN void measure(Teacher<S>& t, int n, const S* z, const S* u_s) {
+  using V = typename VectorOf<S>::V;
+  V sum_t{}, dot{}, high = all<V>(t.highest);
+  const S* next = next_row(z, t.buffer, t.p->logits);
+  sweep<V>(n, [&, k = t.k, exps = t.exps](int i, auto w) {
     __builtin_prefetch(next + i, 0, 2);
-    const V zt = read_logits<V>(z + i, w), d = ratio(i, w, zt);
-    const V x = at_least(select(is_near(d), d, (zt - k.max_t) * k.inv_tt), all<V>(-88.f));
-    const V shifted = x * 1.44269504f + Lanes<V>::round;
-    high = at_least(d, high);
-    write<V>(ratios + i, w, d);
-    write<V>(powers + i, w, (V)(((vi)shifted << 23) + Lanes<V>::one));
-    write<V>(rests + i, w, x - (shifted - Lanes<V>::round) * 0.693147181f);
-  });
-  sweep<V>(n, [&](int i, auto w) {
-    const V d = read<V>(ratios + i, w, 0.f), e = read<V>(exp_s + i, w, 0.f);
-    const V f = read<V>(rests + i, w, 0.f), square = f * f * expm1_tail(f);
-    const auto near = is_near(d);
-    const V power = select(near, e, read<V>(powers + i, w, 0.f));
-    const V growth = power * (f + square), exp_t = power + growth;
-    const V gap = select(near, growth, exp_t - e);
-    write<V>(exps + i, w, exp_t), write<V>(gaps + i, w, gap);
-    sum_t += exp_t, excess += gap;
-    if constexpr (mixture) return;
-    dot += exp_t * d;
-    bend += select(near, growth, exp_t) * d - select(near, e * square, gap);
-  });
-  t.sum += sum(sum_t), t.excess += sum(excess), t.highest = largest(high);
-  t.dot = sum(dot), t.bend = sum(bend);
-}
-template <bool, class Ratio>
-KD_FN void measure(Teacher<double>& t, int n, const double* z, const double*, double*,
-                   const Ratio& ratio) {
-  using V = vd;
-  const Scalars<double> k = t.k;
-  double* exps = t.exps;
-  V sum_t{}, high = all<V>(t.highest);
-  sweep<V>(n, [&](int i, auto w) {
-    const V zt = read_logits<V>(z + i, w), exp_t = exp_at_rate(zt - k.max_t, k.rate_t);
-    high = at_least(ratio(i, w, zt), high);
+    const V zt = read_logits<V>(z + i, w) - k.max_t, exp_t = exp_at_rate(zt, k.rate_t);
+    const V d = zt * k.inv_tt - read<V>(u_s + i, w, S(0));
     write<V>(exps + i, w, exp_t);
-    sum_t += exp_t;
+    sum_t += exp_t, dot += exp_t * d, high = at_least(high, d);
   });
-  t.sum += sum(sum_t), t.highest = largest(high);
+  t.sum += sum(sum_t), t.dot = sum(dot), t.highest = largest(high);
+}
+
+// Of a row's only block: whether those sums, which cancel, give an exact divergence. If not, the
+// sides are compared about their normalisers, where these are known to differ.
+inline bool is_far(Teacher<float>& t, double sum_s) {
+  t.delta = __builtin_log(t.sum / sum_s);
+  const double off = __builtin_fabs(t.delta);
+  t.far = t.dot / t.sum - t.delta > apart * (1 + off);
+  if (!t.far && off > 1e-5) t.shift = (float)t.delta, t.scale = __builtin_exp(t.shift);
+  return t.far;
+}
+
+// One block again, of a teacher that may be close: a near class has the student's exponential
+// times exp(d).
+template <bool mixture>
+KD_FN void compare(Teacher<float>& t, int n, const float* s, const float* z, const float* exp_s) {
+  using V = vf;
+  V excess{}, bend{};
+  sweep<V>(n, [&, k = t.k, exps = t.exps, gaps = t.gaps, shift = (float)t.shift,
+               scale = (float)(1 / t.scale)](int i, auto w) {
+    const V d = log_ratio(k, read_logits<V>(s + i, w), read_logits<V>(z + i, w)) - shift;
+    const V e = read<V>(exp_s + i, w, 0.f), exp_t = read<V>(exps + i, w, 0.f) * scale;
+    const auto near = is_near(d);
+    const V square = d * d * expm1_tail(d), growth = e * (d + square);
+    const V gap = select(near, growth, exp_t - e);
+    write<V>(gaps + i, w, gap);
+    excess += gap;
+    if constexpr (mixture) write<V>(exps + i, w, select(near, e + growth, exp_t));
+    else bend += select(near, growth, exp_t) * d - select(near, e * square, gap);
+  });
+  t.excess += sum(excess), t.bend = sum(bend);
 }
 
 // A block's maximum; `fall_s` as above.
@@ -150,10 +152,12 @@ void measure(Row<S>& r, Teacher<S>* teachers, int64_t count) {
     const Scalars<S> k = r.k;
     V sum_s{}, sum_plain{}, low = all<V>(r.lowest);
     const S* next = next_row(s, r.student.buffer, r.p.student);
+    const S lowest = floor_of<S> / 2 * k.inv_tt;
     sweep<V>(n, [&](int i, auto w) {
       __builtin_prefetch(next + i, 0, 2);
       const V z = read_logits<V>(s + i, w) - k.max_s, e = exp_at_rate(z, k.rate_s);
       write<V>(r.exp_s + i, w, e);
+      write<V>(r.exp_t + i, w, at_least(z * k.inv_ts, all<V>(lowest)));
       sum_s += e;
       if (plain) sum_plain += exp_at_rate(z, exp_rate<S>(1));
       if constexpr (mixture)
@@ -164,9 +168,11 @@ void measure(Row<S>& r, Teacher<S>* teachers, int64_t count) {
     for (int64_t m = 0; m < count; m++) raise(teachers[m], r, first, n, before, fall);
     for (int64_t m = 0; m < count; m++) {
       Teacher<S>& t = teachers[m];
-      measure<mixture>(t, n, t.read, r.exp_s, r.exp_t, [k = t.k, s](int i, auto w, V zt) {
-        return log_ratio(k, read_logits<V>(s + i, w), zt);
-      });
+      measure(t, n, t.read, r.exp_t);
+      if constexpr (sizeof(S) == 4) {
+        if (!mixture && r.classes <= block && is_far(t, r.sum_s)) continue;
+        compare<mixture>(t, n, s, t.read, r.exp_s);
+      }
     }
   });
 }
@@ -183,10 +189,10 @@ bool is_sound(const Teacher<S>& t) {
 inline void normalise(const Row<float>& r, Teacher<float>& t) {
   // A is exact where the normalisers are close, and cancels where the teacher's is much smaller.
   t.ratio = t.excess / r.sum_s;
-  t.close = __builtin_fabs(t.ratio) < 0.5;
-  t.delta = t.close ? __builtin_log1p(t.ratio) : __builtin_log(t.sum / r.sum_s);
+  t.close = !t.far && __builtin_fabs(t.ratio) < 0.5;
+  t.delta = t.close ? t.shift + __builtin_log1p(t.ratio) : __builtin_log(t.sum / r.sum_s);
   t.k.delta = (float)t.delta;
-  t.k.inv_sum_t = (float)(1 / (t.close ? r.sum_s + t.excess : t.sum));
+  t.k.inv_sum_t = (float)(1 / (t.close ? (r.sum_s + t.excess) * t.scale : t.sum));
 }
 inline void normalise(const Row<double>& r, Teacher<double>& t) {
   t.k.inv_sum_t = 1 / t.sum;
