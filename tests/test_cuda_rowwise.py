@@ -102,13 +102,17 @@ def check(module, student, teacher, *, gradient=True, seed=0, inplace=False, **o
 @pytest.mark.parametrize("classes", [1, 10, 37, 64])
 def test_a_warp_has_a_row(module, classes, dtype):
     *_, plan = check(module, *logits(7, classes, DTYPES[dtype]))
-    assert plan["one_warp"]
+    assert plan["one_warp"] and plan["narrow"] == (dtype != "fp64")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_block_has_a_row(module, dtype):
     *_, plan = check(module, *logits(3, 75, DTYPES[dtype]))
     assert not plan["one_warp"] and not plan["slots"]
+    module.set_limits(64, 1000, THREADS, WARPS, SLOT_CHUNKS)
+    for classes, skip in ((600, 0), (601, 1), (601, 6)):  # several chunks a thread, of two warps
+        *_, plan = check(module, *logits(3, classes, DTYPES[dtype], skip=skip))
+        assert plan["threads"] == THREADS and plan["narrow"] == (dtype != "fp64")
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -136,7 +140,26 @@ def test_any_alignment(module, skip, dtype):
     check(module, student, other)
     module.set_device(80, 1, 8192)
     *_, plan = check(module, student, other)
-    assert not plan["slots"]
+    assert not plan["slots"] and not plan["narrow"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("classes", [60, 75, 300])
+def test_maxima_that_keep_moving(module, classes, capability):
+    """What a thread has summed moves with its maxima, and is lost where all before was off."""
+    module.set_device(capability, 1, 8192)
+    noise = torch.randn(2, 5, classes, generator=torch.Generator().manual_seed(0))
+    student = torch.linspace(-200, 200, classes) + noise[0]
+    student[1] = student[1].flip(-1)
+    student[2, : classes // 2] = -INF
+    student[3, 1::2] -= 30
+    student[4, classes // 3] += 300
+    for near in (0.0, 1e-4, 0.5):
+        teacher = student + near * noise[1]
+        check(module, student, teacher)
+        check(module, student, teacher + 20, kind="js", temperature=0.5)
+    labels = torch.tensor([classes - 1, 0, classes - 2, 0, classes // 3])
+    check(module, student, teacher, labels=labels, ce_weight=0.3, temperature=4.0)
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)

@@ -20,7 +20,7 @@ SEEDS = range(5)
 
 RIGHT = [
     "indices", "warps", "block", "cluster", "bulk", "fenced", "sends", "groups", "last", "memory",
-    "formats", "approximations",
+    "formats", "extremes", "approximations",
 ]  # fmt: skip
 UNWRITTEN = "reads element .* which nothing has written"
 UNSYNCHRONISED = "which thread .* without having synchronised with it"

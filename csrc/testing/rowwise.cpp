@@ -49,6 +49,7 @@ py::dict rowwise(const py::array& student, const py::array& teacher, std::vector
   cuda::rowwise(p, nullptr);
   py::dict plan;
   plan["cluster"] = p.cluster, plan["slots"] = p.slots, plan["one_warp"] = p.one_warp;
+  plan["narrow"] = p.narrow, plan["threads"] = p.threads;
   plan["groups"] = p.groups, plan["shared_bytes"] = p.shared_bytes;
   plan["inexact"] = std::count(inexact.begin(), inexact.end(), 1);
   return plan;
@@ -57,8 +58,8 @@ py::dict rowwise(const py::array& student, const py::array& teacher, std::vector
 void set_device(int capability, int multiprocessors, size_t shared_bytes) {
   cuda::simt::settings.properties = {capability, multiprocessors, shared_bytes};
 }
-void set_limits(int64_t warp, int64_t direct, int threads, int warps, int slot_chunks) {
-  cuda::limits = {warp, direct, threads, warps, slot_chunks};
+void set_limits(int64_t warp, int64_t narrow, int threads, int warps, int slot_chunks) {
+  cuda::limits = {warp, narrow, threads, warps, slot_chunks};
 }
 
 }  // namespace

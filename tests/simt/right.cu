@@ -282,6 +282,28 @@ void formats() {
   format<float16>(0x7c00);
 }
 
+KD_KERNEL(32, 1) void extremes_kernel(const float* in, int n, float* out) {
+  const float a = in[lane_index() / n % n], b = in[lane_index() % n];
+  float* to = out + 6 * lane_index();
+  to[0] = larger(a, b), to[1] = smaller(a, b);
+  to[2] = larger_or_nan(a, b), to[3] = smaller_or_nan(a, b);
+  to[4] = (float)larger((double)a, (double)b), to[5] = (float)smaller((double)a, (double)b);
+}
+void extremes() {
+  const std::vector<float> x = {-INFINITY, -1, 2, INFINITY, NAN};
+  Array<float> in(x), out(6 * 32);
+  launch(extremes_kernel, Launch{"extremes", 1, 32}, in, 5, out);
+  const std::vector<float> y = out.read();
+  for (int i = 0; i < 25; i++) {
+    const float a = x[i / 5], b = x[i % 5];
+    for (int j = 0; j < 6; j++) {
+      const float one = j % 2 ? fminf(a, b) : fmaxf(a, b);
+      const bool nan = isnan(one) || ((j == 2 || j == 3) && (isnan(a) || isnan(b)));
+      expect(nan ? isnan(y[6 * i + j]) : y[6 * i + j] == one, "larger or smaller");
+    }
+  }
+}
+
 KD_KERNEL(256, 1) void approximations_kernel(const float* in, float* out) {
   const int i = block_index() * 256 + thread_index();
   out[3 * i] = exp2_approx(in[i]);
@@ -315,6 +337,7 @@ int main(int argc, char** argv) {
           {"indices", indices}, {"warps", warps}, {"block", block}, {"cluster", cluster},
           {"bulk", bulk}, {"fenced", fenced}, {"sends", sends}, {"groups", groups},
           {"last", last}, {"memory", memory}, {"formats", formats},
+          {"extremes", extremes},
           {"approximations", approximations},
       },
       argc, argv);

@@ -6,6 +6,7 @@
 //   KD_KERNEL(threads, blocks) void f(KD_PARAM P p)   a kernel: at most `threads` a block, at least
 //                           `blocks` resident on a multiprocessor
 //   KD_DEVICE, KD_BOTH      functions on the device, on both sides
+//   KD_UNROLL               before a loop whose steps are written out, as what they index is in registers
 //   launch(f, Launch{...}, args...)     enqueues it, throws std::runtime_error; properties()
 //
 //   thread_index() block_threads() block_index() grid_blocks() lane_index() warp_index()
@@ -37,6 +38,8 @@
 //   load<N>(p) load_once<N>(p)          Pack of N elements from N elements' alignment, up to 16
 //   store(p, pack) store_once(p, pack)  bytes; once: the first to leave the caches
 //   to_float(x) from_float<T>(f)        bfloat16 and float16 to nearest even; double as double
+//   larger(a, b) smaller(a, b)          the number where one is NaN; larger_or_nan(a, b) and
+//                                       smaller_or_nan(a, b) of floats NaN
 //   exp2_approx(x) log2_approx(x)       relative error 2^-22, but log2 absolute between 1/2 and 2;
 //   reciprocal_approx(x)                one unit in the last place. All flush subnormals to zero
 //

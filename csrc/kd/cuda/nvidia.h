@@ -10,6 +10,7 @@
 #define KD_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define KD_PARAM const __grid_constant__
 #define KD_DEVICE __device__ __forceinline__
+#define KD_UNROLL _Pragma("unroll")
 #define KD_BOTH __host__ __device__ __forceinline__
 
 namespace kd::cuda {
@@ -324,6 +325,20 @@ KD_DEVICE T from_float(S x) {
   }
 }
 
+KD_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+KD_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+KD_DEVICE double larger(double a, double b) { return fmax(a, b); }
+KD_DEVICE double smaller(double a, double b) { return fmin(a, b); }
+KD_DEVICE float larger_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+KD_DEVICE float smaller_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
 KD_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -9,9 +9,9 @@ namespace kd::cuda {
 
 // Where one way of working on a row gives way to the next, in classes; not by measurements yet.
 struct RowwiseLimits {
-  int64_t warp = 1024;     // up to here a warp has a row, and then a block
-  int64_t direct = 4096;   // up to here a row is read again from where it lies
-  int threads = 192;       // of a block that has a row
+  int64_t warp = 500;      // up to here a warp has a row, and then a block
+  int64_t narrow = 3060;   // up to here a row is in registers
+  int threads = 192;       // of a block that has a row, at most
   int warps = 4;           // of a block where each has one
   int slot_chunks = 1024;  // of 4 classes, that one copy brings
 };
@@ -31,6 +31,7 @@ struct RowwiseCall : RowwiseParams {
   int64_t blocks = 0, groups = 0, double_blocks = 0, double_groups = 0;
   int threads = 0, cluster = 1;
   bool one_warp = false;
+  bool narrow = false;  // each thread has its part of a row in registers
   int slots = 0, slot_chunks = 0, rank_chunks = 0;  // of a row in shared memory, in each block
   size_t shared_bytes = 0, double_bytes = 0;
 

@@ -22,6 +22,8 @@ template <class V>
 KD_FN V at_most(V x, V high) {
   return high < x ? high : x;
 }
+KD_FN float at_least(float x, float low) { return larger_or_nan(x, low); }
+KD_FN float at_most(float x, float high) { return smaller_or_nan(x, high); }
 KD_FN float magnitude(float x) { return __builtin_fabsf(x); }
 KD_FN double magnitude(double x) { return __builtin_fabs(x); }
 

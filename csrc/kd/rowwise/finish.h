@@ -161,10 +161,10 @@ KD_ROW void measure_row(Row<S>& r) {
   const Target target = r.p.target;
   const bool teacher_too = target == Target::separate || target == Target::weighting;
   const bool wanted = !r.p.width && (teacher_too || r.p.ce_weight != 0);
-  if (wanted && !(r.k.inv_ts == 1 && (!teacher_too || r.k.inv_tt == 1)))
-    return measure(r, teacher_too ? 2 : 1);
-  measure(r, 0);
-  r.plain_s = r.sum_s, r.plain_t = r.sum_t;
+  const bool at_one = r.k.inv_ts == 1 && (!teacher_too || r.k.inv_tt == 1);
+  const int plain = !wanted || at_one ? 0 : teacher_too ? 2 : 1;
+  measure(r, plain);
+  if (plain == 0) r.plain_s = r.sum_s, r.plain_t = r.sum_t;
 }
 
 // What the target has of its own in the loss, with its weight.
@@ -247,7 +247,7 @@ KD_ROW void finish_row(Row<S>& r, double tau_s, double tau_t) {
                         !sound ? nan : varies_t ? saved(p.grad_teacher) * scale * inv_tt : 0};
   if (!sound) r.share = 1;
   if (!has_nothing<S> || sound) finish_kind<Path>(r, ce, scaling);
-  else emit<Nothing, false>(r, ce, scaling);
+  else if constexpr (has_nothing<S>) emit<Nothing, false>(r, ce, scaling);
   if (!sound) r.value = r.slope_s = r.slope_t = nan;
   else if (p.target == Target::tempered && p.row_grads) temper_slope(r);
 

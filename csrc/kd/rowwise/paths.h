@@ -13,9 +13,13 @@ template <class K>
 struct Exact {
   template <class V>
   static KD_FN Class<V> terms(const Scalars<float>& k, V s, V t, V exp_s, V exp_t) {
+    return terms_at(k, s, log_ratio(k, s, t), exp_s, exp_t);
+  }
+  template <class V>
+  static KD_FN Class<V> terms_at(const Scalars<float>& k, V s, V ratio, V exp_s, V exp_t) {
     const V p = exp_s * k.inv_sum_s, direct = exp_t * k.inv_sum_t;
     const V log_p = (s - k.max_s) * k.inv_ts - k.log_sum_s;
-    const V d = log_ratio(k, s, t) - k.delta;
+    const V d = ratio - k.delta;
     const auto near = is_near(d);
     const V square = d * d * expm1_tail(d), growth = d + square;  // if near
     const V q = select(near, p + p * growth, direct);

@@ -12,6 +12,7 @@
 #define KD_PARAM const
 #define KD_DEVICE inline
 #define KD_BOTH inline
+#define KD_UNROLL
 #define KD_HERE simt::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 namespace kd::cuda {
@@ -311,6 +312,12 @@ T from_float(S x) {
     return (T)x;
 }
 
+template <class S>
+S larger(S a, S b) { return b > a || a != a ? b : a; }
+template <class S>
+S smaller(S a, S b) { return b < a || a != a ? b : a; }
+inline float larger_or_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
+inline float smaller_or_nan(float a, float b) { return a != a ? a : b != b ? b : a < b ? a : b; }
 inline float exp2_approx(float x) { return simt::approximate(exp2f(x), simt::to_bits(x)); }
 inline float log2_approx(float x) { return simt::approximate(log2f(x), simt::to_bits(x)); }
 inline float reciprocal_approx(float x) { return 1 / x; }

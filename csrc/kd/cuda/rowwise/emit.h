@@ -36,21 +36,25 @@ KD_DEVICE void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   const auto away = [](S z, const Side<S>& side, double spread) {
     return z > floor_of<S> ? (z - S(side.mean)) * S(spread) : S(0);
   };
+  const int lead = lead_of(r.student.reader);
+  const bool packs_s = aligned_packs(to_s, at_s - lead), packs_t = aligned_packs(to_t, at_t - lead);
   if (to_s.data == p.student.data) r.group.sync();  // others may be about to look at a class of it
   emit_outside(r, ce, 0, p.first, 0, p.teacher_first);
   S value = 0, slope_s = 0, slope_t = 0, drift_s = 0, drift_t = 0;
   for_chunks<true>(r, [&](const Chunk<S>& chunk) {
     S grad_s[W], grad_t[W];
+    Class<S> terms[W];
+    terms_of<C>(k, chunk, terms);
     for (int j = 0; j < W; j++) {
       const S s = chunk.s[j], t = chunk.t[j];
-      const Class<S> c = C::terms(k, s, t, exp_at_rate(s - k.max_s, k.rate_s),
-                                  exp_at_rate(t - k.max_t, k.rate_t));
-      const S du = c.student * share - c.p_s * centre_s;
-      grad_s[j] = du * factor_s;
+      const Class<S>& c = terms[j];
       if (alone) {
         value += c.value;
+        grad_s[j] = c.student * (share * factor_s) - c.p_s * (centre_s * factor_s);
         continue;
       }
+      const S du = c.student * share - c.p_s * centre_s;
+      grad_s[j] = du * factor_s;
       if (standardize) grad_s[j] -= away(s, r.student, scaling.spread_s);
       grad_t[j] = 0;
       if (!teacher_too) continue;
@@ -73,9 +77,9 @@ KD_DEVICE void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
         for (int j = 0; j < W; j++)
           if (chunk.first + j >= 0 && chunk.first + j < r.classes)
             grad_s[j] += gradient_of(ce, p.first + chunk.first + j, chunk.s[j], ce_scale);
-      write(to_s, at_s, chunk.first, r.classes, grad_s);
+      write(to_s, at_s, chunk.first, r.classes, chunk.whole && packs_s, grad_s);
     }
-    if (!alone && to_t.data) write(to_t, at_t, chunk.first, r.classes, grad_t);
+    if (!alone && to_t.data) write(to_t, at_t, chunk.first, r.classes, chunk.whole && packs_t, grad_t);
   });
   emit_outside(r, ce, p.first + r.classes, p.classes, p.teacher_first + r.classes,
                p.teacher_classes);

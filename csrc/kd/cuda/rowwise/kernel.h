@@ -8,6 +8,7 @@
 namespace kd::cuda {
 
 constexpr int most_threads = 192;  // 168 registers each, at two blocks a multiprocessor
+constexpr int held_chunks = 4;     // of 4 classes of each side, of a narrow row: 32 registers
 
 KD_DEVICE void store_number(bool in_double, void* to, int64_t i, double value) {
   if (in_double) ((double*)to)[i] = value;
@@ -17,16 +18,25 @@ KD_DEVICE void store_number(bool in_double, void* to, int64_t i, double value) {
 // What the slots of slots.h take of a block's shared memory: of a side in units of 2 bytes, where a
 // slot has room for the distance to 16 aligned bytes; and a barrier for each.
 struct SlotMemory {
+  int student_size, teacher_size;  // of one slot
   Shared<uint16_t> student, teacher;
   Barriers full;
 
   KD_BOTH static int halves(const RowwiseCall& p, const Rows& side) {
-    return (p.slots ? p.slots : 1) * (p.slot_chunks * 2 * size_of(side.dtype) + 8);
+    return p.slot_chunks * 2 * size_of(side.dtype) + 8;
   }
   KD_BOTH SlotMemory(const RowwiseCall& p, SharedMemory& memory)
-      : student(memory.take<uint16_t>(halves(p, p.student))),
-        teacher(memory.take<uint16_t>(halves(p, looks_at_teacher(p) ? p.teacher : p.student))),
-        full(memory.barriers(p.slots)) {}
+      : student_size(halves(p, p.student)),
+        teacher_size(halves(p, looks_at_teacher(p) ? p.teacher : p.student)),
+        student(memory.take<uint16_t>((p.slots ? p.slots : 1) * student_size)),
+        teacher(memory.take<uint16_t>((p.slots ? p.slots : 1) * teacher_size)), full(memory.barriers(p.slots)) {}
+
+  KD_DEVICE Shared<uint16_t> student_slot(int slot) const {
+    return student.slice(slot * student_size, student_size);
+  }
+  KD_DEVICE Shared<uint16_t> teacher_slot(int slot) const {
+    return teacher.slice(slot * teacher_size, teacher_size);
+  }
 };
 
 // Rows that count, of those from `first` in steps of `step`.

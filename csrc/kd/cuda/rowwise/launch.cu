@@ -11,6 +11,7 @@ KD_DIVERGENCES(KD_DECLARE)
 namespace {
 
 constexpr int64_t few_rows = 4096;  // that every group may count for itself
+constexpr int64_t most_classes = (int64_t)1 << 30;  // an int counts those of a row
 
 KD_KERNEL(most_threads, 1) void prepare(KD_PARAM RowwiseCall p) {
   SharedMemory memory = shared_memory();
@@ -38,21 +39,26 @@ void spread(RowwiseCall& p, int64_t chunks, int cluster) {
 
 bool takes(const RowwiseCall& p) {
   return p.target == Target::ordinary && !p.standardize && !p.width && !p.parts &&
-         !p.grad_teacher.data;
+         !p.grad_teacher.data && p.classes < most_classes;
 }
 
 void plan(RowwiseCall& p) {
   const Properties& device = properties();
   const bool packed = p.student.class_stride == 1 && p.teacher.class_stride == 1;
+  const int64_t chunks = (p.classes + 10) / 4;  // of 4 from up to 7 classes before the first
+  const int64_t warps = (chunks + held_chunks * warp_threads - 1) / (held_chunks * warp_threads);
   p.one_warp = p.classes <= limits.warp;
-  p.threads = p.one_warp ? limits.warps * warp_threads : limits.threads;
+  p.narrow = !p.in_double() && p.classes <= limits.narrow &&
+           warps * warp_threads <= (p.one_warp ? warp_threads : limits.threads);
+  p.threads = p.one_warp ? limits.warps * warp_threads
+              : p.narrow ? (int)warps * warp_threads
+                         : limits.threads;
   spread(p, 0, 1);
   p.double_bytes = p.shared_bytes + 16;  // and whether a block is the last
-  if (device.capability >= 90 && packed && !p.in_double() && !p.one_warp &&
-      p.classes > limits.direct) {
+  if (device.capability >= 90 && packed && !p.in_double() && p.classes > limits.narrow) {
     // Two blocks a multiprocessor, or as many as it takes.
     for (int cluster = 1; cluster <= 8; cluster *= 2) {
-      spread(p, (p.classes + 10) / 4, cluster);
+      spread(p, chunks, cluster);
       if (p.shared_bytes <= device.shared_bytes / 2) break;
     }
     if (p.shared_bytes > device.shared_bytes) spread(p, 0, 1);
@@ -60,7 +66,8 @@ void plan(RowwiseCall& p) {
   const int64_t groups_a_block = p.one_warp ? p.threads / warp_threads : 1;
   const int64_t blocks = (p.rows + groups_a_block - 1) / groups_a_block;
   const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b > 0 ? b : 1; };
-  const int64_t resident = (int64_t)device.multiprocessors * (p.slots ? 2 : 8);
+  const int64_t resident = (int64_t)device.multiprocessors *
+                           (p.slots ? 2 : 2 * most_threads / p.threads);
   p.blocks = at_most(blocks, resident / p.cluster) * p.cluster;
   p.double_blocks = at_most(blocks, device.multiprocessors * (p.in_double() ? 8 : 2));
   p.groups = p.blocks / p.cluster * groups_a_block;

@@ -4,6 +4,35 @@
 
 template <class S> constexpr int width = sizeof(S) == 4 ? 4 : 1;
 
+KD_DEVICE float widened(DType dtype, uint16_t bits) {
+  return dtype == DType::bfloat16 ? to_float(bfloat16{bits}) : to_float(float16{bits});
+}
+template <class T, class From>
+KD_DEVICE T bits_as(const From& from) {
+  static_assert(sizeof(T) == sizeof(From));
+  T to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+KD_DEVICE Pack<uint32_t, 4> padded(Pack<uint32_t, 2> words) {
+  return {{words.values[0], words.values[1], 0, 0}};
+}
+// Four logits, from as many words or from two of two halves each; -inf is a number.
+KD_DEVICE void widen(DType dtype, Pack<uint32_t, 4> words, float (&z)[4]) {
+  if (dtype == DType::float32) {
+    for (int j = 0; j < 4; j++) z[j] = as_number<float>(words.values[j]);
+  } else if (dtype == DType::bfloat16) {
+    for (int j = 0; j < 4; j += 2) {
+      z[j] = as_number<float>(words.values[j / 2] << 16);
+      z[j + 1] = as_number<float>(words.values[j / 2] & 0xffff0000u);
+    }
+  } else {
+    for (int j = 0; j < 4; j++)
+      z[j] = to_float(float16{(uint16_t)(words.values[j / 2] >> 16 * (j % 2))});
+  }
+  for (int j = 0; j < 4; j++) z[j] = at_least(z[j], floor_of<float>);
+}
+
 template <class S>
 struct RowReader {
   Rows rows;
@@ -11,12 +40,9 @@ struct RowReader {
 
   KD_DEVICE S at(int64_t i) const {
     const int64_t k = offset + i * rows.class_stride;
-    switch (rows.dtype) {
-      case DType::float32: return (S)((const float*)rows.data)[k];
-      case DType::float64: return (S)((const double*)rows.data)[k];
-      case DType::bfloat16: return (S)to_float(((const bfloat16*)rows.data)[k]);
-      default: return (S)to_float(((const float16*)rows.data)[k]);
-    }
+    if (rows.dtype == DType::float32) return (S)((const float*)rows.data)[k];
+    if (rows.dtype == DType::float64) return (S)((const double*)rows.data)[k];
+    return (S)widened(rows.dtype, ((const uint16_t*)rows.data)[k]);
   }
 };
 
@@ -28,35 +54,28 @@ KD_DEVICE int lead_of(const RowReader<float>& row) {
 }
 KD_DEVICE int lead_of(const RowReader<double>&) { return 0; }
 
-KD_DEVICE void widen(DType dtype, Pack<uint16_t, 4> halves, float (&z)[4]) {
-  for (int j = 0; j < 4; j++)
-    z[j] = dtype == DType::bfloat16 ? to_float(bfloat16{halves.values[j]})
-                                    : to_float(float16{halves.values[j]});
-}
+// Consecutive classes of a row, `n` from `from` on. Chunk i begins with the class 4 i - lead of them.
+struct Span {
+  int from, n, lead, chunks;
 
-KD_DEVICE bool aligned_pack(const Rows& rows, int64_t at) {
+  KD_DEVICE Span(int from, int n, int lead)
+      : from(from), n(n), lead(lead), chunks((n + lead + 3) / 4) {}
+  KD_DEVICE Span(const RowReader<float>& row, int64_t classes)  // all of them
+      : Span(0, (int)classes, lead_of(row)) {}
+
+  // Whether all classes of a chunk are there.
+  KD_DEVICE bool whole(int i) const { return 4 * i >= lead && 4 * i + 4 - lead <= n; }
+  // Chunks [begin, end) of a row, as far as it has them.
+  KD_DEVICE Span part(int begin, int end) const {
+    if (begin >= chunks) return {0, 0, 0};
+    const int first = 4 * begin > lead ? 4 * begin - lead : 0, past = 4 * end - lead;
+    return {first, (past < n ? past : n) - first, begin ? 0 : lead};
+  }
+};
+
+// Whether every fourth of a row's classes from `at` on begins a pack.
+KD_DEVICE bool aligned_packs(const Rows& rows, int64_t at) {
   return rows.class_stride == 1 && ((uintptr_t)rows.data / size_of(rows.dtype) + at) % 4 == 0;
-}
-
-// Classes [first, first + width) of `classes`; what is outside is off.
-KD_DEVICE void read(const RowReader<float>& from, int64_t first, int64_t classes, float (&z)[4]) {
-  const int64_t at = from.offset + first;
-  if (first >= 0 && first + 4 <= classes && aligned_pack(from.rows, at)) {
-    if (from.rows.dtype == DType::float32) {
-      const Pack<float, 4> pack = load<4>((const float*)from.rows.data + at);
-      for (int j = 0; j < 4; j++) z[j] = pack.values[j];
-    } else {
-      widen(from.rows.dtype, load<4>((const uint16_t*)from.rows.data + at), z);
-    }
-    return;
-  }
-  for (int j = 0; j < 4; j++) {
-    const int64_t i = first + j;
-    z[j] = i >= 0 && i < classes ? from.at(i) : floor_of<float>;
-  }
-}
-KD_DEVICE void read(const RowReader<double>& from, int64_t first, int64_t, double (&z)[1]) {
-  z[0] = from.at(first);
 }
 
 template <class S>
@@ -76,16 +95,16 @@ KD_DEVICE void store_halves(const Rows& rows, int64_t at, const float (&z)[4]) {
   store_once((T*)rows.data + at, pack);
 }
 
+// Classes [first, first + width) of `classes`; `packed`: they are there, and lie aligned.
 template <class S>
-KD_DEVICE void write(const Rows& rows, int64_t row_at, int64_t first, int64_t classes,
+KD_DEVICE void write(const Rows& rows, int64_t row_at, int64_t first, int64_t classes, bool packed,
                      const S (&z)[width<S>]) {
   if constexpr (sizeof(S) == 4) {
     const int64_t at = row_at + first;
-    if (first >= 0 && first + 4 <= classes && aligned_pack(rows, at)) {
-      if (rows.dtype == DType::float32)
-        store_once((float*)rows.data + at, Pack<float, 4>{{z[0], z[1], z[2], z[3]}});
-      else if (rows.dtype == DType::bfloat16) store_halves<bfloat16>(rows, at, z);
-      else store_halves<float16>(rows, at, z);
+    if (packed) {
+      if (rows.dtype == DType::bfloat16) store_halves<bfloat16>(rows, at, z);
+      else if (rows.dtype == DType::float16) store_halves<float16>(rows, at, z);
+      else store_once((float*)rows.data + at, Pack<float, 4>{{z[0], z[1], z[2], z[3]}});
       return;
     }
   }

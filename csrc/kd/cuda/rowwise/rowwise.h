@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Row-wise softmax divergences, cross-entropy, and their gradients, fused; compiled once for each
-// divergence, KD_KIND. A row is a warp's, a block's, or that of a cluster whose shared memory holds
-// it (slots.h): every logit is read from device memory once and every gradient written once, 6 bytes
-// a class in bf16 and 12 in fp32. Rows of up to some thousand classes are read again from the cache.
-// Strided rows, and those too wide for the largest cluster, are read three times or four: 14 to 18
-// bytes.
+// divergence, KD_KIND. A narrow row is a warp's or a block's, and in their registers; a wide one is
+// that of a cluster whose shared memory holds it (slots.h): every logit is read from device memory once
+// and every gradient written once, 6 bytes a class in bf16 and 12 in fp32. Wide rows that are strided,
+// too wide for the largest cluster, or on a device without clusters, are read twice, 10 bytes in bf16;
+// those of divergences whose gradients are centred, which takes the sums of what the normalisers give,
+// three times, 14 bytes.
 //
-// The steps are the CPU kernel's, and so is what they come to (kd/rowwise): maxima, sums, for some
-// divergences the sums that centre the gradients, the gradients. One kernel takes them in fp32, and a
-// second in double for the rows that this cannot hold; its last block adds up the loss.
+// The steps are the CPU kernel's, and so is what they come to (kd/rowwise): maxima and sums, for some
+// divergences the sums that centre the gradients, the gradients. Kernels for narrow and for wide rows
+// take them in fp32, and one in double for the rows that this cannot hold, each sweep a read; its last
+// block adds up the loss.
 #include "kernel.h"
 
 namespace kd::cuda {
@@ -26,6 +28,7 @@ using Divergence = DivergenceOf<Kind::KD_KIND>::type;
 #include "side.h"
 #include "../../rowwise/finish.h"
 #include "slots.h"
+#include "chunks.h"
 #include "sweeps.h"
 #include "cross_entropy.h"
 #include "emit.h"
@@ -88,8 +91,12 @@ KD_DEVICE int64_t skip_rows(const RowwiseCall& p, const Group& group, int64_t ro
   return row;
 }
 
+// `narrow`: each thread has its part of a row in registers.
+template <bool narrow>
 KD_KERNEL(most_threads, 2) void in_single(KD_PARAM RowwiseCall given) {
-  const RowwiseCall p = known(given);
+  RowwiseCall p = known(given);
+  if (narrow) p.cluster = 1, p.slots = p.slot_chunks = 0;
+  else p.one_warp = false;
   SharedMemory memory = shared_memory();
   Group group = group_of(p, p.cluster, memory);
   Slots slots(p, group.rank, memory);
@@ -106,6 +113,7 @@ KD_KERNEL(most_threads, 2) void in_single(KD_PARAM RowwiseCall given) {
     slots.next = skip_rows(p, group, row + p.groups, p.groups);
     Row<float> r(p, row, factor, group, slots, total);
     const double tau_s = get(p.tau_s, row), tau_t = get(p.tau_t, row);
+    if (narrow) hold(r);
     start(r, tau_s, tau_t);
     const bool exact = is_exact(r, exact_range_of(p), Divergence::zero_teacher);
     if (exact) finish_row<Exact>(r, tau_s, tau_t);
@@ -143,7 +151,8 @@ KD_KERNEL(most_threads, 1) void in_double(KD_PARAM RowwiseCall given) {
 
 void rowwise(const RowwiseCall& p, void* stream) {
   if (!p.in_double())
-    launch(in_single, {"rowwise", p.blocks, p.threads, p.cluster, p.shared_bytes, stream}, p);
+    launch(p.narrow ? in_single<true> : in_single<false>,
+           {"rowwise", p.blocks, p.threads, p.cluster, p.shared_bytes, stream}, p);
   launch(in_double, {"rowwise in double", p.double_blocks, p.threads, 1, p.double_bytes, stream}, p);
 }
 

@@ -13,9 +13,8 @@ struct Side {
   KD_DEVICE Side(const RowReader<S>& reader, int64_t) : reader(reader) {}
   KD_DEVICE S at(int64_t i) const { return reader.at(i); }
   KD_DEVICE S get(int64_t i) const { return i == patched ? patch : at_least(at(i), floor_of<S>); }
-  // The same of what was read from `first` on.
+  // The same of what was read from `first` on, floored.
   KD_DEVICE void amend(int64_t first, S (&z)[width<S>]) const {
-    for (int j = 0; j < width<S>; j++) z[j] = at_least(z[j], floor_of<S>);
     if (patched < 0 || patched < first || patched >= first + width<S>) return;
     for (int j = 0; j < width<S>; j++)
       if (first + j == patched) z[j] = patch;
@@ -29,6 +28,8 @@ struct Workspace {
   Group& group;
   Slots& slots;   // none where rows are read from where they lie
   double& total;  // of the losses of this group's rows
+  bool held = false;  // what this thread has of a narrow row is here, and so in registers
+  S held_s[held_chunks][width<S>], held_t[held_chunks][width<S>];
 
   KD_DEVICE Workspace(Group& group, Slots& slots, double& total)
       : group(group), slots(slots), total(total) {}

@@ -12,9 +12,9 @@ struct Piece {
   const char* from;
   int size, n, shift, head, body;
 
-  KD_DEVICE Piece(const RowReader<float>& side, int64_t first, int n)
-      : size(size_of(side.rows.dtype)), n(n) {
-    from = (const char*)side.rows.data + (side.offset + first) * size;
+  KD_DEVICE Piece(const RowReader<float>& side, const Span& span)
+      : size(size_of(side.rows.dtype)), n(span.n) {
+    from = (const char*)side.rows.data + (side.offset + span.from) * size;
     const int unit = 16 / size;
     shift = (int)((uintptr_t)from % 16) / size;
     head = (unit - shift) % unit;
@@ -42,27 +42,20 @@ struct Slots : SlotMemory {
     }
   }
 
-  // Chunks [begin, end) of a row of so many.
-  KD_DEVICE void range(int slot, int64_t chunks, int64_t& begin, int64_t& end) const {
-    const int64_t first = (int64_t)rank * p.rank_chunks;
-    begin = first + (int64_t)slot * p.slot_chunks;
-    end = begin + p.slot_chunks;
+  // What a slot holds of a row.
+  KD_DEVICE Span span(int slot, const Span& row) const {
+    const int first = rank * p.rank_chunks, begin = first + slot * p.slot_chunks;
+    int end = begin + p.slot_chunks;
     if (end > first + p.rank_chunks) end = first + p.rank_chunks;
-    if (end > chunks) end = chunks;
+    return row.part(begin, end);
   }
 
   KD_DEVICE void fill(int slot, int64_t row) {
     if (warp_index() != 0) return;
     const RowReader<float> sides[2] = {student_of<float>(p, row), teacher_of<float>(p, row)};
-    const int64_t classes = p.width ? p.width : p.classes, lead = lead_of(sides[0]);
-    int64_t begin, end;
-    range(slot, (classes + lead + 3) / 4, begin, end);
-    const int64_t first = begin * 4 > lead ? begin * 4 - lead : 0;
-    int64_t n = end * 4 - lead;
-    n = (n < classes ? n : classes) - first;
-    if (n < 0) n = 0;
-    const Piece s(sides[0], first, (int)n), t(sides[1], first, (int)n);
-    const Shared<uint16_t> to_s = of(student, slot), to_t = of(teacher, slot);
+    const Span part = span(slot, Span(sides[0], p.width ? p.width : p.classes));
+    const Piece s(sides[0], part), t(sides[1], part);
+    const Shared<uint16_t> to_s = student_slot(slot), to_t = teacher_slot(slot);
     const int lane = lane_index();
     if (lane < 16) copy_edge(s, s.edge(lane), to_s);
     else copy_edge(t, t.edge(lane - 16), to_t);
@@ -87,11 +80,6 @@ struct Slots : SlotMemory {
     refilled = 0, parity ^= 1;
   }
 
-  KD_DEVICE Shared<uint16_t> of(const Shared<uint16_t>& side, int slot) const {
-    const int size = side.count / p.slots;
-    return side.slice(slot * size, size);
-  }
-
  private:
   KD_DEVICE static void copy_edge(const Piece& piece, int i, const Shared<uint16_t>& to) {
     if (i < 0) return;
@@ -105,29 +93,3 @@ struct Slots : SlotMemory {
                  (const uint16_t*)(piece.from + piece.head * piece.size), halves, full[slot]);
   }
 };
-
-// Classes [first, first + 4) of a slot that holds `piece`, whose first class is `begin`.
-KD_DEVICE void read(const Shared<uint16_t>& slot, const Piece& piece, DType dtype, int64_t begin,
-                    int64_t first, float (&z)[4]) {
-  const int i = (int)(first - begin);
-  if (i >= 0 && i + 4 <= piece.n && (piece.shift + i) % 4 == 0) {
-    if (dtype == DType::float32) {
-      const Pack<uint16_t, 8> pack = slot.pack<8>(piece.at(i));
-      __builtin_memcpy(&z, &pack, sizeof z);
-    } else {
-      widen(dtype, slot.pack<4>(piece.at(i)), z);
-    }
-    return;
-  }
-  for (int j = 0; j < 4; j++) {
-    z[j] = floor_of<float>;
-    if (i + j < 0 || i + j >= piece.n) continue;
-    if (dtype == DType::float32) {
-      const Pack<uint16_t, 2> pack = slot.pack<2>(piece.at(i + j));
-      __builtin_memcpy(&z[j], &pack, 4);
-    } else {
-      const uint16_t bits = slot[piece.at(i + j)];
-      z[j] = dtype == DType::bfloat16 ? to_float(bfloat16{bits}) : to_float(float16{bits});
-    }
-  }
-}

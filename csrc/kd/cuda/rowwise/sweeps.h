@@ -1,87 +1,90 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sweeps over a row's classes, each by all threads of its group.
 
+// Of a chunk's classes. Two loops, so that the way is chosen once and not both are gone.
 template <class S>
-struct Chunk {
-  int64_t first;
-  S s[width<S>], t[width<S>];
-};
-
-// All chunks of this thread. `last`: of the row's sweeps.
-template <bool last, class S, class Body>
-KD_DEVICE void for_chunks(const Row<S>& r, const Body& body) {
-  const int lead = lead_of(r.student.reader);
-  const int64_t chunks = (r.classes + lead + width<S> - 1) / width<S>;
-  if constexpr (sizeof(S) == 8) {
-    for (int64_t i = r.group.index; i < chunks; i += r.group.count)
-      body(Chunk<S>{i, {r.student.get(i)}, {r.teacher.get(i)}});
+KD_DEVICE void log_ratios(Scalars<S> k, const Chunk<S>& c, S (&d)[width<S>]) {
+  if (k.subtract_first) {
+    for (int j = 0; j < width<S>; j++) d[j] = log_ratio(k, c.s[j], c.t[j]);
   } else {
-    Slots& slots = r.slots;
-    const bool staged = slots.p.slots > 0;
-    const int count = staged ? slots.p.slots : 1;
-    for (int slot = 0; slot < count; slot++) {
-      int64_t begin = 0, end = chunks, from = 0;
-      int n = 0;
-      if (staged) {
-        slots.range(slot, chunks, begin, end);
-        from = begin * 4 > lead ? begin * 4 - lead : 0;
-        const int64_t to = end * 4 - lead < r.classes ? end * 4 - lead : r.classes;
-        n = to > from ? (int)(to - from) : 0;
-        slots.wait(slot);
-      }
-      const Piece s(r.student.reader, from, n), t(r.teacher.reader, from, n);
-      const int first = staged ? thread_index() : r.group.index;
-      const int step = staged ? block_threads() : r.group.count;
-      for (int64_t i = begin + first; i < end; i += step) {
-        Chunk<S> c;
-        c.first = i * 4 - lead;
-        if (staged) {
-          read(slots.of(slots.student, slot), s, r.student.reader.rows.dtype, from, c.first, c.s);
-          read(slots.of(slots.teacher, slot), t, r.teacher.reader.rows.dtype, from, c.first, c.t);
-        } else {
-          read(r.student.reader, c.first, r.classes, c.s);
-          read(r.teacher.reader, c.first, r.classes, c.t);
-        }
-        r.student.amend(c.first, c.s), r.teacher.amend(c.first, c.t);
-        body(c);
-      }
-      if (last && staged) slots.refill(slot);
-    }
+    for (int j = 0; j < width<S>; j++) d[j] = log_ratio(k, c.s[j], c.t[j]);
   }
 }
 
-template <class S>
-KD_DEVICE void measure(Row<S>& r, int plain) {
-  S high_s = floor_of<S>, high_t = floor_of<S>;
-  for_chunks<false>(r, [&](const Chunk<S>& c) {
-    for (int j = 0; j < width<S>; j++) {
-      high_s = c.s[j] > high_s ? c.s[j] : high_s;
-      high_t = c.t[j] > high_t ? c.t[j] : high_t;
-    }
-  });
-  double highest[2] = {high_s, high_t};
-  r.group.template all_reduce<0, 2>(highest);
-  r.k.max_s = (S)highest[0], r.k.max_t = (S)highest[1];
-  r.k.subtract_first =
-      r.k.inv_ts == r.k.inv_tt && __builtin_fabs((double)r.k.max_t - r.k.max_s) <= 1;
+// The terms of a chunk's classes.
+template <class C, class S>
+KD_DEVICE void terms_of(const Scalars<S>& k, const Chunk<S>& c, Class<S> (&terms)[width<S>]) {
+  S d[width<S>];
+  log_ratios(k, c, d);
+  for (int j = 0; j < width<S>; j++) {
+    const S exp_s = exp_at_rate(c.s[j] - k.max_s, k.rate_s);
+    const S exp_t = exp_at_rate(c.t[j] - k.max_t, k.rate_t);
+    if constexpr (sizeof(S) == 4) terms[j] = C::terms_at(k, c.s[j], d[j], exp_s, exp_t);
+    else terms[j] = C::terms(k, c.s[j], c.t[j], exp_s, exp_t);
+  }
+}
 
-  const Scalars<S> k = r.k;
-  S sum_s = 0, sum_t = 0, excess = 0, plain_s = 0, plain_t = 0, low = 0, high = 0;
-  for_chunks<false>(r, [&](const Chunk<S>& c) {
+// The sums of some classes, about numbers that are their maxima or little less: that those move is
+// rare, and what has been summed moves with them.
+template <class S>
+struct Sums {
+  Scalars<S> k;
+  S slack_s, slack_t;
+  S sum_s = 0, sum_t = 0, excess = 0, plain_s = 0, plain_t = 0;
+  S low = -floor_of<S>, high = floor_of<S>;  // of u_t - u_s
+
+  KD_DEVICE explicit Sums(const Scalars<S>& scalars)
+      : k(scalars), slack_s(8 / at_least(k.inv_ts, S(1))), slack_t(8 / at_least(k.inv_tt, S(1))) {
+    k.max_s = k.max_t = floor_of<S>, k.subtract_first = k.inv_ts == k.inv_tt;
+  }
+
+  KD_DEVICE void move(S max_s, S max_t) {
+    const S fall_s = k.max_s, fall_t = k.max_t;
+    k.max_s = max_s, k.max_t = max_t;
+    k.subtract_first = k.inv_ts == k.inv_tt && magnitude(max_t - max_s) <= 1;
+    const S d = log_ratio(k, fall_s, fall_t);
+    const S by_s = exp_at_rate(fall_s - max_s, k.rate_s), by_t = exp_at_rate(fall_t - max_t, k.rate_t);
+    sum_s *= by_s, sum_t *= by_t;
+    if constexpr (sizeof(S) == 4)  // sums that move apart are not close, and may be subtracted
+      excess = select(is_near(d), by_t * excess + sum_s * (d + d * d * expm1_tail(d)), sum_t - sum_s);
+    plain_s *= exp_at_rate(fall_s - max_s, exp_rate<S>(1));
+    plain_t *= exp_at_rate(fall_t - max_t, exp_rate<S>(1));
+    low += d, high += d;
+  }
+
+  KD_DEVICE void add(const Chunk<S>& c, int plain) {
+    S high_s = c.s[0], high_t = c.t[0];
+    for (int j = 1; j < width<S>; j++) high_s = larger(high_s, c.s[j]), high_t = larger(high_t, c.t[j]);
+    if (high_s - k.max_s > slack_s || high_t - k.max_t > slack_t)
+      move(larger(high_s, k.max_s), larger(high_t, k.max_t));
+    S ratios[width<S>];
+    log_ratios(k, c, ratios);
     for (int j = 0; j < width<S>; j++) {
-      const S d = log_ratio(k, c.s[j], c.t[j]);
+      const S d = ratios[j];
       const S exp_s = exp_at_rate(c.s[j] - k.max_s, k.rate_s);
       const S exp_t = exp_at_rate(c.t[j] - k.max_t, k.rate_t);
-      low = d < low ? d : low, high = d > high ? d : high;
+      low = smaller(low, d), high = larger(high, d);
       sum_s += exp_s, sum_t += exp_t;
       if constexpr (sizeof(S) == 4)
         excess += select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
-      if (plain == 0) continue;
+    }
+    if (plain == 0) return;
+    for (int j = 0; j < width<S>; j++) {
       plain_s += exp_at_rate(c.s[j] - k.max_s, exp_rate<S>(1));
       if (plain == 2) plain_t += exp_at_rate(c.t[j] - k.max_t, exp_rate<S>(1));
     }
-  });
-  double sums[7] = {sum_s, sum_t, excess, plain_s, plain_t, -low, high};
+  }
+};
+
+template <class S>
+KD_DEVICE void measure(Row<S>& r, int plain) {
+  Sums<S> own(r.k);
+  for_chunks<false>(r, [&](const Chunk<S>& c) { own.add(c, plain); });
+  double highest[2] = {own.k.max_s, own.k.max_t};
+  r.group.template all_reduce<0, 2>(highest);
+  own.move((S)highest[0], (S)highest[1]);
+  r.k.max_s = own.k.max_s, r.k.max_t = own.k.max_t, r.k.subtract_first = own.k.subtract_first;
+  double sums[7] = {own.sum_s, own.sum_t, own.excess, own.plain_s, own.plain_t, -own.low, own.high};
   r.group.template all_reduce<5, 2>(sums);
   r.sum_s = sums[0], r.sum_t = sums[1], r.excess = sums[2];
   r.plain_s = sums[3], r.plain_t = sums[4];
@@ -96,10 +99,11 @@ KD_DEVICE void reduce(Row<S>& r) {
   S value = 0, student = 0, teacher = 0, p_s = 0, p_t = 0;
   S slope_s = 0, slope_t = 0, leaning_s = 0, leaning_t = 0;
   for_chunks<false>(r, [&](const Chunk<S>& chunk) {
+    Class<S> terms[width<S>];
+    terms_of<C>(k, chunk, terms);
     for (int j = 0; j < width<S>; j++) {
       const S s = chunk.s[j], t = chunk.t[j];
-      const Class<S> c = C::terms(k, s, t, exp_at_rate(s - k.max_s, k.rate_s),
-                                  exp_at_rate(t - k.max_t, k.rate_t));
+      const Class<S>& c = terms[j];
       value += c.value, student += c.student, teacher += c.teacher;
       p_s += c.p_s, p_t += c.p_t;
       if (!slopes) continue;
