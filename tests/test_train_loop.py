@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 import pytest
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
+from torch import nn
 
 from kdkernels.train import Config, DivergedError, InputError, checkpoint, loop, run
 from kdkernels.train.data import load_data
@@ -14,6 +17,7 @@ from kdkernels.train.devices import native_precision
 from kdkernels.train.methods.ce import CE
 from kdkernels.train.models import build_model
 from kdkernels.train.optimizer import lr_factor
+from kdkernels.train.taps import Tapped
 
 QUICK = {"method": "ce", "student": "mlp8", "accelerator": "cpu"}
 
@@ -79,6 +83,55 @@ def test_the_average_of_weights_is_exported_and_evaluated(tmp_path):
     state = checkpoint.load_state(tmp_path / "average" / "seed-0" / "checkpoint.pt")
     torch.testing.assert_close(state["average"], average)
     torch.testing.assert_close(state["student"], second)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Compiled networks run their captured graphs as they are, without waiting for a compiler."""
+    monkeypatch.setattr(Tapped, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def test_compiled_networks_train_resume_and_average_alike(tmp_path, traced, monkeypatch):
+    teacher = tmp_path / "teacher" / "seed-0" / "model.safetensors"
+    trained(tmp_path / "teacher", student="convnet4", max_steps=2)
+    settings = {
+        "method": "fitnet+kd", "student": "convnet4", "teacher_checkpoint": str(teacher),
+        "precision": "32-true", "ema": 0.9, "epochs": 2, "max_steps": 4, "checkpoint_every": 2,
+    }  # fmt: skip
+    plain = trained(tmp_path / "plain", **settings)
+    traced.clear()
+    save, saves = loop.save, []
+
+    def stop_after_the_first(*arguments):
+        save(*arguments)
+        saves.append(1)
+        if len(saves) == 1:
+            raise KeyboardInterrupt
+
+    settings |= {"compile": True}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "save", stop_after_the_first)
+        trained(tmp_path / "compiled", **settings)
+    assert traced["stats"]["unique_graphs"] >= 1 and not traced["graph_break"]
+    compiled = trained(tmp_path / "compiled", **settings, resume=True)
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"method": "education"}, {"strategy": "fsdp"}])
+def test_what_is_not_compiled_is_refused(settings):
+    with pytest.raises(InputError, match="--compile: not with"):
+        Config(**QUICK | settings, compile=True)
+
+
+@pytest.mark.slow
+def test_networks_are_compiled(tmp_path):
+    settings = {"student": "convnet4", "precision": "64-true", "max_steps": 4}
+    compiled = trained(tmp_path / "compiled", **settings, compile=True)
+    plain = trained(tmp_path / "plain", **settings)
+    torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-7)  # exported in float32
 
 
 def test_one_cycle_rises_and_falls():

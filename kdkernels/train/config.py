@@ -62,6 +62,8 @@ class Config:
             torchrun those that it started. Batch normalisation sees a share.
         strategy: of several processes: ddp, or fsdp, where each keeps a part of the weights, for
             models that outgrow one device.
+        compile: run the student through torch.compile, and on a GPU teachers that are not cached;
+            on a CPU theirs are rearranged for oneDNN anyway.
         precision: of the networks; losses are computed in float32 or better. auto is bf16-mixed on
             hardware made for it (GPUs from Ampere on, CPUs with AMX or AVX512-BF16), else 32-true.
         val_fraction: share of the training images that selects the best epoch, where the data
@@ -104,6 +106,7 @@ class Config:
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
     strategy: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool = False
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "64-true"] = "auto"
     val_fraction: float = 0.1
     split_seed: int = 0
@@ -141,6 +144,8 @@ class Config:
             raise InputError(f"--ema: expected a number below 1, got {self.ema}")
         if self.ema and self.strategy == "fsdp":
             raise InputError("--ema: the average would be a whole model; not with --strategy fsdp")
+        if self.compile and (self.method == "education" or self.strategy == "fsdp"):
+            raise InputError("--compile: not with --method education, nor with --strategy fsdp")
         if not self.seed or len(set(self.seed)) < len(self.seed) or min(self.seed) < 0:
             raise InputError(f"--seed: expected different numbers from 0 up, got {list(self.seed)}")
         if self.augment != "auto":

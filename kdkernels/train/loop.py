@@ -86,6 +86,10 @@ def fit(
     network = Tapped(trained, student_taps, what="student")
     teachers = Teachers(fabric, teachers, teacher_taps)
     dry_run(method, network, teachers, data, fabric)
+    if config.compile:
+        as_they_are = config.teacher_cache or device.type == "cpu"
+        for tapped in (network, *(() if as_they_are else (t.network for t in teachers))):
+            tapped.compile()
     learner = Learner(fabric, network, method)
     model = fabric.setup_module(learner)
     optimizer = fabric.setup_optimizers(make_optimizer(trained, method, config))
