@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from kdkernels.train import Config, InputError, checkpoint, run
 from kdkernels.train.data import Batch, load_data
 from kdkernels.train.experiment import make_method
+from kdkernels.train.methods import Run
 from kdkernels.train.models import build_model
 from kdkernels.train.taps import Tapped
 
@@ -46,7 +48,16 @@ def test_at_is_its_formula_at_the_end_of_every_stage():
     terms = method.losses(batch, student, [teacher])
     torch.testing.assert_close(terms["at"], expected)
     torch.testing.assert_close(terms["ce"], F.cross_entropy(student.logits, batch.labels))
-    assert method.weights(0) == {"at": 1000.0}
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "weight"),
+    [(32, {}, 1000), (64, {}, 1000), (8, {}, 62.5), (8, {"at_weight": 1000.0}, 1000)],
+)
+def test_at_weighs_less_where_its_mean_is_over_fewer_positions(pixels, options, weight):
+    method = make_method("at", "reference", options)
+    method.begin(Run(SimpleNamespace(shape=(pixels, pixels, 3)), steps=1, steps_per_epoch=1))
+    assert method.weights(0) == {"at": weight}
 
 
 def test_features_are_those_the_user_names():
@@ -105,7 +116,7 @@ def test_skd_leaves_the_features_of_at_alone():
         method.methods["skd"].simplifier.output_weight.normal_()
     terms = method.losses(batch, student, method.teach(batch, teachers))
     alone = method.methods["at"].losses(batch, student, teachers)
-    assert terms.keys() == {"skd.skd", "at.at"} and alone.keys() == {"at"}
+    assert terms.keys() == {"skd.keep", "skd.skd", "at.at"} and alone.keys() == {"at"}
     torch.testing.assert_close(terms["at.at"], alone["at"])
 
 

@@ -23,7 +23,9 @@ class AT(FeatureMethod):
     RepDistiller's and mdistiller's weight, power and places, which agree.
 
     Args:
-        at_weight: weight of the distance; the cross-entropy's is 1.
+        at_weight: weight of the distance; the cross-entropy's is 1. If not given 1000, which is for
+            images of 32x32 pixels, and of smaller ones as much less as they have fewer: the
+            distance is a mean over positions, and of fewer each is more of the attention.
         power: of the features, whose mean over channels is the attention.
         student_taps: paths of the modules of the student whose outputs are compared, <path>:input
             for what one takes instead; those usual in the literature if not given.
@@ -32,7 +34,7 @@ class AT(FeatureMethod):
 
     def __init__(
         self,
-        at_weight: float = 1000.0,
+        at_weight: float | None = None,
         power: int = 2,
         student_taps: list[str] | None = None,
         teacher_taps: list[str] | None = None,
@@ -58,7 +60,10 @@ class AT(FeatureMethod):
                 )
 
     def weights(self, step: int) -> Mapping[str, float]:
-        return {"at": self.at_weight}
+        if self.at_weight is not None:
+            return {"at": self.at_weight}
+        height, width, _ = self.run.data.shape
+        return {"at": 1000 * min(height * width / 32**2, 1.0)}
 
     def losses(
         self, batch: Batch, student_out: Output, teacher_out: Sequence[Output]
