@@ -4,7 +4,8 @@
 An explicit ``backend=`` is a demand and raises with the reason when it cannot be met; a preference
 (:func:`set_backend`, ``KDKERNELS_BACKEND``) is used where the device allows; ``auto`` takes the
 fastest kernel there is and says so, once, when it has to fall back to the reference. ``cuda`` is
-CUDA C++ where there is a kernel for the call, and else that family's Triton kernel.
+CUDA C++, which the rowwise family alone has; a factor on its saved gradient, in the backward, is
+Triton's.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from kdkernels import functional
-from kdkernels.divergences import KINDS, Choices, Numbers, resolve
+from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers, resolve
+from kdkernels.ops import rowwise as ops
 
 DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
@@ -17,6 +18,16 @@ DTYPES = {
 def array(x: torch.Tensor) -> np.ndarray:
     """Sharing memory; bfloat16 as its bits."""
     return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def array_or_none(x: torch.Tensor | None) -> np.ndarray | None:
+    return None if x is None else array(x.detach())
+
+
+def numbers_or_none(x) -> np.ndarray | None:
+    """A number, or one per row, in double."""
+    x = x.detach() if isinstance(x, torch.Tensor) else x
+    return None if x is None else np.atleast_1d(np.asarray(x, np.float64))
 
 
 def simulate(
@@ -40,16 +51,15 @@ def simulate(
         grad = base[skip : skip + rows * classes].view(rows, classes)
     half = student.dtype == torch.float16
     row_grads = np.full((4, rows), 7, number)
-    per_row = [None if x is None else np.atleast_1d(np.asarray(x, np.float64)) for x in (
-        row_weight, temperature, temperature if teacher_temperature is None else teacher_temperature
-    )]  # fmt: skip
+    taus = temperature, temperature if teacher_temperature is None else teacher_temperature
+    per_row = [numbers_or_none(x) for x in (row_weight, *taus)]
     plan = module.rowwise(
         array(student), array(teacher),
         Numbers(kd_weight=weight * kd_weight, ce_weight=ce_weight, alpha=alpha, beta=beta,
                 label_smoothing=label_smoothing),
         Choices(kind=KINDS.index(kernel_kind)), None if labels is None else labels.numpy(),
-        None if mask is None else mask.numpy(), *per_row,
-        reduction == "batchmean", loss_out, array(grad) if gradient else None,
+        None if mask is None else mask.numpy(), *per_row, None,
+        reduction == "batchmean", False, loss_out, array(grad) if gradient else None, None,
         row_grads if half else None, seed,
     )  # fmt: skip
     value = torch.from_numpy(loss).view(loss_out.shape)
@@ -78,3 +88,47 @@ def expected(student, teacher, kind="forward_kl", *, ce_weight=0.0, kd_weight=1.
         )
     (grad,) = torch.autograd.grad(value.sum(), student)
     return value.detach(), grad.detach()
+
+
+def operators(module, plans: list, seed=0):
+    """``kdkernels::rowwise`` and ``rowwise_inplace`` of (N, C) by the simulator.
+
+    They call the kernels as csrc/torch/cuda/rowwise.cpp does, and append to ``plans``.
+    """
+
+    def run(
+        student, teacher, numbers, choices, grads, labels=None, mask=None, row_weight=None,
+        temperatures=None, teacher_temperatures=None, targets=None, grad_student=None,
+    ):  # fmt: skip
+        numbers, choices = Numbers(*numbers), Choices(*choices)
+        dtype, rows = ops.compute_dtype(student, teacher), len(student)
+        averaged, by_row = (REDUCTIONS[choices.reduction] == x for x in ("batchmean", "none"))
+        own = numbers.temperature if temperatures is None else temperatures
+        others = teacher_temperatures
+        if others is None:
+            others = numbers.teacher_temperature or own
+        tempered = temperatures is not None or teacher_temperatures is not None
+
+        def made(wanted, *shape, dtype=dtype):
+            return torch.full(shape, 7, dtype=dtype) if wanted else None
+
+        loss = made(True, *((rows,) if by_row else ()))
+        if grad_student is None:
+            grad_student = made(grads & ops.GRAD_STUDENT, *student.shape, dtype=student.dtype)
+        grad_teacher = made(grads & ops.GRAD_TEACHER, *teacher.shape, dtype=teacher.dtype)
+        row_grads = made(grads & ops.GRAD_ROWS, 6 if grads & ops.GRAD_PARTS else 4, rows)
+        plan = module.rowwise(
+            *map(array_or_none, (student, teacher)), numbers, choices,
+            *map(array_or_none, (labels, mask)), *map(numbers_or_none, (row_weight, own, others)),
+            array_or_none(targets), averaged, row_grads is not None and tempered, loss.numpy(),
+            *map(array_or_none, (grad_student, grad_teacher, row_grads)), seed,
+        )  # fmt: skip
+        plans.append(plan)
+        outputs = grad_student, grad_teacher, row_grads
+        return loss, *(torch.empty(0) if x is None else x for x in outputs)
+
+    def run_inplace(student, *args):
+        loss, _, *others = run(student, *args, grad_student=student)
+        return loss, *others
+
+    return run, run_inplace

@@ -8,6 +8,7 @@ fill it), in several orders of the threads. Races, missing waits and accesses ou
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -55,8 +56,8 @@ def build(flags=()) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def built():
+@functools.cache
+def load():
     spec = importlib.util.spec_from_file_location("simulated_rowwise", build())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -64,7 +65,8 @@ def built():
 
 
 @pytest.fixture
-def module(built):
+def module():
+    built = load()
     built.set_limits(64, 80, THREADS, WARPS, SLOT_CHUNKS)
     built.set_device(90, 2, 227 * 1024)
     return built
@@ -278,7 +280,13 @@ def test_sanitizers():
         "import torch, simulated_rowwise as m, test_cuda_rowwise as t;"
         f"m.set_limits(64, 80, {THREADS}, {WARPS}, {SLOT_CHUNKS}); m.set_device(90, 2, 6144);"
         "[t.check(m, *t.logits(3, c, d, skip=1)) for c in (10, 75, 300) for d in"
-        " (torch.float32, torch.bfloat16, torch.float16)]"
+        " (torch.float32, torch.bfloat16, torch.float16)];"
+        "import test_cuda_rowwise_members as a;"
+        "a.ops.rowwise._compiled = a.operators(m, []);"
+        "[a.check(f, {**a.inputs_of(c), **a.per_row()}, a.ALL) for c in a.PLACES.values()"
+        " for f in a.MEMBERS.values()];"
+        "[a.check(f, a.inputs_of(c, 'bf16', skip=1)) for c in a.PLACES.values()"
+        " for f in a.TARGETS.values()]"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,

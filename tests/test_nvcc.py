@@ -15,10 +15,12 @@ SOURCES = sorted((ROOT / "csrc/kd/cuda").rglob("*.cu"))
 
 def cases():
     for source in SOURCES:
-        # Of one source compiled for every divergence, one for every target is telling enough.
-        rare = source.parent.name == "kinds" and source.stem != "forward_kl"
-        yield pytest.param(source, "sm_80", marks=[pytest.mark.slow] if rare else [])
-        yield source, "sm_90"
+        # Of one source compiled for every divergence, the two with targets are telling enough, and
+        # one of them for every target.
+        kind = source.parent.name == "kinds"
+        for target, told in (("sm_80", ["forward_kl"]), ("sm_90", ["forward_kl", "cross_entropy"])):
+            rare = kind and source.stem not in told
+            yield pytest.param(source, target, marks=[pytest.mark.slow] if rare else [])
         # Not built for it: this is what a driver makes of sm_90's PTX there.
         yield pytest.param(source, "sm_100", marks=pytest.mark.slow)
 

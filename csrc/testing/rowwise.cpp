@@ -17,12 +17,13 @@ kd::Rows bits_or_rows(const py::object& o, const char* name) {
   return rows;
 }
 
-// Fills loss, grad_student and row_grads; returns how the call was laid out.
+// Fills loss, the gradients and row_grads; returns how the call was laid out.
 py::dict rowwise(const py::array& student, const py::array& teacher, std::vector<double> numbers,
                  std::vector<int64_t> choices, const py::object& labels, const py::object& mask,
                  const py::object& row_weight, const py::object& temperature,
-                 const py::object& teacher_temperature, bool counted, py::array loss,
-                 const py::object& grad_student, const py::object& row_grads, uint64_t seed) {
+                 const py::object& teacher_temperature, const py::object& targets, bool counted,
+                 bool slopes, py::array loss, const py::object& grad_student,
+                 const py::object& grad_teacher, const py::object& row_grads, uint64_t seed) {
   cuda::RowwiseCall p;
   static_cast<kd::RowwiseNumbers&>(p) = unpack<kd::RowwiseNumbers>(numbers);
   static_cast<kd::RowwiseChoices&>(p) = unpack<kd::RowwiseChoices>(choices);
@@ -32,13 +33,18 @@ py::dict rowwise(const py::array& student, const py::array& teacher, std::vector
   p.row_loss = nullptr;
   p.student = bits_or_rows(student, "student"), p.teacher = bits_or_rows(teacher, "teacher");
   p.teacher_classes = teacher.shape(1);
-  p.targets = p.labels;
+  p.teacher_first = p.teacher_classes == p.classes ? p.first : 0;
+  p.targets = targets.is_none() ? p.labels
+                                : static_cast<const int64_t*>(targets.cast<py::array>().data());
   p.tau_s = scalar_of(temperature), p.tau_t = scalar_of(teacher_temperature);
   p.grad_student = bits_or_rows(grad_student, "grad_student");
-  if (!row_grads.is_none())
+  p.grad_teacher = bits_or_rows(grad_teacher, "grad_teacher");
+  p.slopes = slopes;
+  if (!row_grads.is_none()) {
     p.row_grads = static_cast<double*>(row_grads.cast<py::array>().mutable_data());
+    p.parts = row_grads.cast<py::array>().shape(0) == 6;
+  }
   p.counted = counted, p.by_row = loss.ndim() == 1, p.loss = loss.mutable_data();
-  if (!cuda::takes(p)) throw py::value_error("no CUDA kernel for this call");
   cuda::plan(p);
   std::vector<uint8_t> inexact(p.rows);
   std::vector<double> partial(p.groups + p.double_groups);

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from kdkernels.divergences import REDUCTIONS, TARGETS, Choices, Numbers
+from kdkernels.divergences import REDUCTIONS, Choices, Numbers
 from kdkernels.ops import NAMESPACE, register_triton
 from kdkernels.ops.autograd import (
     refuse_higher_order,
@@ -83,21 +83,11 @@ _compiled = (_ops.rowwise.default, _ops.rowwise_inplace.default)
 _triton = (_ops.rowwise_triton.default, _ops.rowwise_triton_inplace.default)
 
 
-def cuda_takes(choices: Choices, grads: int) -> bool:
-    """Whether the CUDA kernels take a call; what is rarer is left to Triton's, of the same backend.
-
-    The same as ``takes`` in csrc/kd/cuda/rowwise/launch.cu, and no gradient to a temperature.
-    """
-    ordinary = TARGETS[choices.target] == "ordinary" and not choices.standardize
-    return ordinary and not choices.width and not grads & (GRAD_TEACHER | GRAD_PARTS)
-
-
-def _operator(backend: str, inplace: bool, choices: Choices, grads: int):
+def _operator(backend: str, inplace: bool):
     if backend in ("triton", "cuda"):
         register_triton("rowwise")  # of either backend, the scaling in the backward
-    if backend == "triton" or (backend == "cuda" and not cuda_takes(choices, grads)):
-        return _triton[int(inplace)]  # torch 2.10's Dynamo knows no bool as an index
-    return _compiled[int(inplace)]
+    # torch 2.10's Dynamo knows no bool as an index
+    return (_triton if backend == "triton" else _compiled)[int(inplace)]
 
 
 _NO_GRADIENT = (None,) * 6  # one per argument of the autograd functions
@@ -202,9 +192,7 @@ def apply(
         student.requires_grad or any(t is not None and t.requires_grad for t in tensors[1:])
     )
     wanted = (GRAD_ROWS | GRAD_PARTS) * parts
-    # A gradient to a temperature or to the teacher decides like one asked of the kernel.
-    others = recording and any(t is not None and t.requires_grad for t in (teacher, *tensors[3:]))
-    operator = _operator(backend, inplace and recording, choices, wanted | GRAD_TEACHER * others)
+    operator = _operator(backend, inplace and recording)
     by_row = REDUCTIONS[choices.reduction] == "none"
     # As an operator's argument, a named tuple takes torch 0.5 us longer than a plain one.
     numbers, choices = tuple(numbers), tuple(choices)

@@ -21,6 +21,7 @@ struct RowwiseCall : RowwiseParams {
   // By the caller. `factor` lacks the number of rows that count, by which it is divided if `counted`.
   bool counted = false;
   bool by_row = false;         // `loss` is (N,), not ()
+  bool slopes = false;         // row_grads has the gradients to the temperatures
   void* loss = nullptr;        // as row_grads of double if a side is, else of float
   uint8_t* inexact = nullptr;  // (N,)
   double* partial = nullptr;   // (groups + double_groups,)
@@ -40,9 +41,12 @@ struct RowwiseCall : RowwiseParams {
   }
 };
 
-// Whether there is a kernel for what the call asks; what is rarer is left to Triton: targets, standard
-// rows, windows, and gradients to the teacher and to temperatures.
-bool takes(const RowwiseCall& call);
+// Whether a loss of the family has this divergence with this target: DKD forward KL, and NKD, ATS and
+// WSLD the cross-entropy. There is no kernel for others.
+KD_ANYWHERE constexpr bool belongs(Target target, Kind kind) {
+  if (target == Target::ordinary) return true;
+  return target == Target::decoupled ? kind == Kind::forward_kl : kind == Kind::cross_entropy;
+}
 void plan(RowwiseCall& call);
 // On `stream`, a cudaStream_t, of the current device: two launches, and in double or where there are
 // many rows to be counted three.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// kdkernels::rowwise on CUDA tensors, for the calls that ops/rowwise.py gives it. Everything is
-// enqueued on the current stream, and no value of the device is looked at.
+// kdkernels::rowwise on CUDA tensors. Everything is enqueued on the current stream, and no value of
+// the device is looked at.
 #include "../tensors.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -18,9 +18,9 @@ using namespace kd::torch_binding;
   std::vector<double> numbers, std::vector<int64_t> choices, int64_t grads,                   \
       std::optional<Tensor> labels, std::optional<Tensor> mask,                               \
       std::optional<Tensor> row_weight, std::optional<Tensor> temperatures,                   \
-      std::optional<Tensor> teacher_temperatures, std::optional<Tensor> /* targets */
+      std::optional<Tensor> teacher_temperatures, std::optional<Tensor> targets
 #define KD_ROWWISE_PASSED \
-  numbers, choices, grads, labels, mask, row_weight, temperatures, teacher_temperatures, {}
+  numbers, choices, grads, labels, mask, row_weight, temperatures, teacher_temperatures, targets
 
 Tensor on_device_of(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
@@ -32,6 +32,14 @@ Tensor on_device_of(const Tensor& like, const std::vector<int64_t>& shape, Scala
       shape.size(), shape.data(), strides.data(), type, aoti_torch_device_type_cuda(),
       like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+Tensor device_gradient_for(const Tensor& logits, bool wanted, kd::Rows& rows) {
+  const Tensor grad =
+      on_device_of(logits, wanted ? leading(logits, logits.dim()) : std::vector<int64_t>{0},
+                   logits.scalar_type());
+  if (wanted) as_rows(grad, rows);
+  return grad;
 }
 
 struct Result {
@@ -54,30 +62,35 @@ Result run(kd::cuda::RowwiseCall& p, const Tensor& student, const Tensor& teache
   p.row_weight = scalar_of(row_weight, 1);
   p.teacher = rows_of(teacher, keep_teacher);
   p.teacher_classes = teacher.size(teacher.dim() - 1);
+  p.teacher_first = p.teacher_classes == p.classes ? p.first : 0;
+  p.targets = targets ? static_cast<const int64_t*>(targets->const_data_ptr()) : p.labels;
   p.tau_s = scalar_of(temperatures, p.temperature);
   p.tau_t = p.teacher_temperature == 0 && !teacher_temperatures
                 ? p.tau_s
                 : scalar_of(teacher_temperatures, p.teacher_temperature);
   p.parts = grads & of_parts;
-  STD_TORCH_CHECK(kd::cuda::takes(p) && !(grads & of_teacher),
-                  "kdkernels: the CUDA kernels do not take this call");
+  // Temperatures that are no tensors need no gradient.
+  p.slopes = (grads & of_rows) && (temperatures || teacher_temperatures);
 
   const bool averaged = p.reduction == batchmean || p.reduction == mean;
   const bool some_rows = p.mask || p.labels;
   p.counted = averaged && some_rows;
   if (averaged && !some_rows && p.rows) p.factor = 1. / p.rows;
-  if (p.reduction == mean) p.factor /= p.classes;
+  if (p.reduction == mean) p.factor /= p.width ? p.width : p.classes;
   p.by_row = p.reduction == none;
 
   const ScalarType dtype = p.in_double() ? ScalarType::Double : ScalarType::Float;
   Tensor loss =
       on_device_of(student, p.by_row ? leading(student, student.dim() - 1) : std::vector<int64_t>{},
                    dtype);
+  const int64_t numbers_a_row = p.parts ? 6 : 4;
   const Tensor rows = on_device_of(
-      student, grads & of_rows ? std::vector<int64_t>{4, p.rows} : std::vector<int64_t>{0}, dtype);
+      student, grads & of_rows ? std::vector<int64_t>{numbers_a_row, p.rows} : std::vector<int64_t>{0},
+      dtype);
+  const Tensor grad_teacher = device_gradient_for(teacher, grads & of_teacher, p.grad_teacher);
   if (p.rows == 0) {
     if (!p.by_row) torch::stable::zero_(loss);
-    return {loss, on_device_of(student, {0}, teacher.scalar_type()), rows};
+    return {loss, grad_teacher, rows};
   }
   kd::cuda::plan(p);
   const Tensor partial = on_device_of(student, {p.groups + p.double_groups + 2}, ScalarType::Double);
@@ -93,7 +106,7 @@ Result run(kd::cuda::RowwiseCall& p, const Tensor& student, const Tensor& teache
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(student.get_device_index(), &stream));
   kd::cuda::rowwise(p, stream);
-  return {loss, on_device_of(student, {0}, teacher.scalar_type()), rows};
+  return {loss, grad_teacher, rows};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rowwise(Tensor student, Tensor teacher,
@@ -102,11 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rowwise(Tensor student, Tensor teache
   kd::cuda::RowwiseCall p;
   Tensor keep;
   p.student = rows_of(student, keep);
-  const bool wanted = grads & of_student;
-  const Tensor grad = on_device_of(
-      student, wanted ? leading(student, student.dim()) : std::vector<int64_t>{0},
-      student.scalar_type());
-  if (wanted) as_rows(grad, p.grad_student);
+  const Tensor grad = device_gradient_for(student, grads & of_student, p.grad_student);
   Result r = run(p, student, teacher, KD_ROWWISE_PASSED);
   return {r.loss, grad, r.grad_teacher, r.rows};
 }

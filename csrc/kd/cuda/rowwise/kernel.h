@@ -10,6 +10,18 @@ namespace kd::cuda {
 constexpr int most_threads = 192;  // 168 registers each, at two blocks a multiprocessor
 constexpr int held_chunks = 4;     // of 4 classes of each side, of a narrow row: 32 registers
 
+// What a kernel is compiled for: what the compiler knows not to be asked for costs no registers.
+enum class Scope {
+  ordinary,  // the loss, the student's gradient and the row weight's
+  target,    // the same of a loss that looks at its target
+  any
+};
+inline Scope scope_of(const RowwiseCall& p) {
+  if (p.standardize || p.width || p.parts || p.grad_teacher.data || p.slopes) return Scope::any;
+  return p.target == Target::ordinary && p.target_weight == 0 ? Scope::ordinary : Scope::target;
+}
+constexpr int at_once(Scope scope) { return scope == Scope::any ? 1 : 2; }  // blocks
+
 KD_DEVICE void store_number(bool in_double, void* to, int64_t i, double value) {
   if (in_double) ((double*)to)[i] = value;
   else ((float*)to)[i] = (float)value;

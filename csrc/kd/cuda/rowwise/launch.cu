@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which calls the kernels take, and how their rows are spread over a device.
+// How the rows of a call are spread over a device.
+#include <stdexcept>
+
 #include "kernel.h"
 
 namespace kd::cuda {
@@ -37,29 +39,26 @@ void spread(RowwiseCall& p, int64_t chunks, int cluster) {
 
 }  // namespace
 
-bool takes(const RowwiseCall& p) {
-  return p.target == Target::ordinary && !p.standardize && !p.width && !p.parts &&
-         !p.grad_teacher.data && p.classes < most_classes;
-}
-
 void plan(RowwiseCall& p) {
   const Properties& device = properties();
   const bool packed = p.student.class_stride == 1 && p.teacher.class_stride == 1;
-  const int64_t chunks = (p.classes + 10) / 4;  // of 4 from up to 7 classes before the first
+  const Scope scope = scope_of(p);
+  const int64_t seen = p.width ? p.width : p.classes;
+  const int64_t chunks = (seen + 10) / 4;  // of 4 from up to 7 classes before the first
   const int64_t warps = (chunks + held_chunks * warp_threads - 1) / (held_chunks * warp_threads);
   p.one_warp = p.classes <= limits.warp;
-  p.narrow = !p.in_double() && p.classes <= limits.narrow &&
+  p.narrow = scope != Scope::any && !p.in_double() && p.classes <= limits.narrow &&
            warps * warp_threads <= (p.one_warp ? warp_threads : limits.threads);
   p.threads = p.one_warp ? limits.warps * warp_threads
               : p.narrow ? (int)warps * warp_threads
                          : limits.threads;
   spread(p, 0, 1);
   p.double_bytes = p.shared_bytes + 16;  // and whether a block is the last
-  if (device.capability >= 90 && packed && !p.in_double() && p.classes > limits.narrow) {
-    // Two blocks a multiprocessor, or as many as it takes.
+  if (device.capability >= 90 && packed && !p.in_double() && seen > limits.narrow) {
+    // As many blocks a multiprocessor as its registers hold, or as many as it takes.
     for (int cluster = 1; cluster <= 8; cluster *= 2) {
       spread(p, chunks, cluster);
-      if (p.shared_bytes <= device.shared_bytes / 2) break;
+      if (p.shared_bytes <= device.shared_bytes / at_once(scope)) break;
     }
     if (p.shared_bytes > device.shared_bytes) spread(p, 0, 1);
   }
@@ -67,7 +66,7 @@ void plan(RowwiseCall& p) {
   const int64_t blocks = (p.rows + groups_a_block - 1) / groups_a_block;
   const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b > 0 ? b : 1; };
   const int64_t resident = (int64_t)device.multiprocessors *
-                           (p.slots ? 2 : 2 * most_threads / p.threads);
+                           (p.slots ? at_once(scope) : at_once(scope) * most_threads / p.threads);
   p.blocks = at_most(blocks, resident / p.cluster) * p.cluster;
   p.double_blocks = at_most(blocks, device.multiprocessors * (p.in_double() ? 8 : 2));
   p.groups = p.blocks / p.cluster * groups_a_block;
@@ -76,6 +75,9 @@ void plan(RowwiseCall& p) {
 
 void rowwise(const RowwiseCall& call, void* stream) {
   RowwiseCall p = call;
+  if (!belongs(p.target, p.kind))
+    throw std::runtime_error("kdkernels: no loss has this target with this divergence");
+  if (p.classes >= most_classes) throw std::runtime_error("kdkernels: too many classes for CUDA");
   if (!p.rows) return;
   if (p.rows <= few_rows || !p.counted) p.count = nullptr;
   if (p.count || p.in_double()) {

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Row-wise softmax divergences, cross-entropy, and their gradients, fused; compiled once for each
-// divergence, KD_KIND. A narrow row is a warp's or a block's, and in their registers; a wide one is
-// that of a cluster whose shared memory holds it (slots.h): every logit is read from device memory once
-// and every gradient written once, 6 bytes a class in bf16 and 12 in fp32. Wide rows that are strided,
-// too wide for the largest cluster, or on a device without clusters, are read twice, 10 bytes in bf16;
+// divergence, KD_KIND, and of each for ordinary calls and for all others (Scope). A narrow row is a
+// warp's or a block's, and in their registers; a wide one is that of a cluster whose shared memory holds
+// it (slots.h): every logit is read from device memory once and every gradient written once, 6 bytes a
+// class in bf16 and 12 in fp32; with the teacher's gradient 8 and 16. Wide rows that are strided, too
+// wide for the largest cluster, or on a device without clusters, are read twice, 10 bytes in bf16;
 // those of divergences whose gradients are centred, which takes the sums of what the normalisers give,
-// three times, 14 bytes.
+// three times, 14 bytes. Calls of Scope::any have no kernel for narrow rows: they read them again from
+// the cache.
 //
 // The steps are the CPU kernel's, and so is what they come to (kd/rowwise): maxima and sums, for some
 // divergences the sums that centre the gradients, the gradients. Kernels for narrow and for wide rows
@@ -34,8 +36,8 @@ using Divergence = DivergenceOf<Kind::KD_KIND>::type;
 #include "emit.h"
 
 template <class S>
-KD_DEVICE bool wants_slopes(const Row<S>&) {
-  return false;
+KD_DEVICE bool wants_slopes(const Row<S>& r) {
+  return static_cast<const RowwiseCall&>(r.p).slopes;
 }
 template <class S>
 KD_DEVICE void store_loss(const Row<S>& r, double value) {
@@ -49,11 +51,15 @@ KD_DEVICE void store_row_grad(const Row<S>& r, int which, double value) {
   if (r.group.leads()) store_number(p.in_double(), p.row_grads, which * p.rows + r.index, value);
 }
 
-// The call, in which the compiler sees what takes() has asked for.
+// The call, in which the compiler sees what it does not ask for.
+template <Scope scope>
 KD_DEVICE RowwiseCall known(const RowwiseCall& given) {
   RowwiseCall p = given;
-  p.kind = Kind::KD_KIND, p.target = Target::ordinary, p.target_weight = 0;
-  p.standardize = 0, p.first = p.width = p.teacher_first = 0, p.parts = false;
+  p.kind = Kind::KD_KIND;
+  if (scope == Scope::ordinary) p.target_weight = 0;
+  if (scope == Scope::ordinary || !belongs(p.target, Kind::KD_KIND)) p.target = Target::ordinary;
+  if (scope == Scope::any) return p;
+  p.standardize = 0, p.first = p.width = p.teacher_first = 0, p.parts = p.slopes = false;
   p.grad_teacher = {};
   return p;
 }
@@ -74,29 +80,33 @@ KD_DEVICE double factor_of(const RowwiseCall& p, Group& group) {
   return p.factor / (count[0] > 1 ? count[0] : 1);
 }
 
+KD_DEVICE void clear(const Rows& grad, int64_t row, int64_t classes, const Group& group) {
+  if (!grad.data) return;
+  const int64_t at = row_offset(grad, row);
+  for (int64_t i = group.index; i < classes; i += group.count)
+    write_element(grad, at + i * grad.class_stride, 0.f);
+}
+
 // The first row that counts, from `row` in steps of `step`; those before it have no gradients.
 KD_DEVICE int64_t skip_rows(const RowwiseCall& p, const Group& group, int64_t row, int64_t step) {
   for (; row < p.rows && !row_counts(p, p.ignore_index, row); row += step) {
-    const Rows& grad = p.grad_student;
-    const int64_t at = grad.data ? row_offset(grad, row) : 0;
-    if (grad.data)
-      for (int64_t i = group.index; i < p.classes; i += group.count)
-        write_element(grad, at + i * grad.class_stride, 0.f);
+    clear(p.grad_student, row, p.classes, group);
+    clear(p.grad_teacher, row, p.teacher_classes, group);
     if (!group.leads()) continue;
     p.inexact[row] = 0;
     if (p.by_row) store_number(p.in_double(), p.loss, row, 0);
-    for (int k = 0; p.row_grads && k < 4; k++)
+    for (int k = 0; p.row_grads && k < (p.parts ? 6 : 4); k++)
       store_number(p.in_double(), p.row_grads, k * p.rows + row, 0);
   }
   return row;
 }
 
 // `narrow`: each thread has its part of a row in registers.
-template <bool narrow>
-KD_KERNEL(most_threads, 2) void in_single(KD_PARAM RowwiseCall given) {
-  RowwiseCall p = known(given);
+template <Scope scope, bool narrow>
+KD_KERNEL(most_threads, at_once(scope)) void in_single(KD_PARAM RowwiseCall given) {
+  RowwiseCall p = known<scope>(given);
   if (narrow) p.cluster = 1, p.slots = p.slot_chunks = 0;
-  else p.one_warp = false;
+  else if (scope != Scope::any) p.one_warp = false;
   SharedMemory memory = shared_memory();
   Group group = group_of(p, p.cluster, memory);
   Slots slots(p, group.rank, memory);
@@ -125,8 +135,9 @@ KD_KERNEL(most_threads, 2) void in_single(KD_PARAM RowwiseCall given) {
 }
 
 // Rows that are not marked as inexact have been done.
+template <Scope scope>
 KD_KERNEL(most_threads, 1) void in_double(KD_PARAM RowwiseCall given) {
-  RowwiseCall p = known(given);
+  RowwiseCall p = known<scope>(given);
   p.slots = p.slot_chunks = 0;
   SharedMemory memory = shared_memory();
   Group group = group_of(p, 1, memory);
@@ -149,11 +160,25 @@ KD_KERNEL(most_threads, 1) void in_double(KD_PARAM RowwiseCall given) {
   if (is_last_block(p.finished, last)) add_up(p, factor, group.partial);
 }
 
-void rowwise(const RowwiseCall& p, void* stream) {
+// In double, where targets and all else have one kernel.
+template <Scope scope>
+void launch_both(const RowwiseCall& p, void* stream) {
+  constexpr Scope rare = scope == Scope::ordinary ? scope : Scope::any;
   if (!p.in_double())
-    launch(p.narrow ? in_single<true> : in_single<false>,
+    launch(p.narrow ? in_single<scope, scope != Scope::any> : in_single<scope, false>,
            {"rowwise", p.blocks, p.threads, p.cluster, p.shared_bytes, stream}, p);
-  launch(in_double, {"rowwise in double", p.double_blocks, p.threads, 1, p.double_bytes, stream}, p);
+  launch(in_double<rare>,
+         {"rowwise in double", p.double_blocks, p.threads, 1, p.double_bytes, stream}, p);
+}
+
+void rowwise(const RowwiseCall& p, void* stream) {
+  constexpr Kind kind = Kind::KD_KIND;
+  const Scope scope = scope_of(p);
+  if constexpr (kind != Kind::cross_entropy)  // which every loss has with a target
+    if (scope == Scope::ordinary) return launch_both<Scope::ordinary>(p, stream);
+  if constexpr (kind == Kind::forward_kl || kind == Kind::cross_entropy)
+    if (scope != Scope::any) return launch_both<Scope::target>(p, stream);
+  launch_both<Scope::any>(p, stream);
 }
 
 }  // namespace KD_KIND
