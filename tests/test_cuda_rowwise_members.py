@@ -134,7 +134,8 @@ def test_rows_that_fp32_does_not_hold(plans, name, place):
     teacher[4, 17] = -INF  # a target
     check(MEMBERS[name], inputs, reduction="none")
     check(MEMBERS[name], inputs, ("student", "teacher"))
-    assert any(plan["inexact"] for plan in plans)
+    if name != "standardized_window":  # whose deviation brings the row of large logits back
+        assert any(plan["inexact"] for plan in plans)
 
 
 @pytest.mark.parametrize("classes", [50, 150])
@@ -161,7 +162,7 @@ def test_what_else_a_call_may_be(plans, name, classes):
     check(TARGETS[name], inputs | {"labels": torch.softmax(torch.randn(5, classes), -1)})
     mask = {"mask": torch.tensor([True, False, True, False, True])}
     *_, (grad, _) = check(TARGETS[name], inputs | mask, ("student", "teacher"), reduction="sum")
-    assert (grad[1] == 0).all() and (grad[2] == 0).all()
+    assert (grad[~mask["mask"]] == 0).all()
     strided = {x: inputs[x].T.contiguous().T for x in ("student", "teacher")}
     check(TARGETS[name], inputs | strided, ("student", "teacher"))
     bad = inputs | {"labels": torch.tensor([7, classes, -7, 30, 17])}
