@@ -49,7 +49,8 @@ KD_ROW void place_target(Row<S>& r, double tau_t) {
   } else if (p.target == Target::tempered) {
     r.teacher.patched = r.target;
     r.teacher_ratio = tau_t / p.target_temperature;
-    r.teacher.patch = S(r.teacher.at(r.target) * r.teacher_ratio);
+    const S z = r.teacher.at(r.target);
+    r.teacher.patch = z > floor_of<S> || z != z ? S(z * r.teacher_ratio) : floor_of<S>;
   }
 }
 

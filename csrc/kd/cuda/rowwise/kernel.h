@@ -20,7 +20,11 @@ inline Scope scope_of(const RowwiseCall& p) {
   if (p.standardize || p.width || p.parts || p.grad_teacher.data || p.slopes) return Scope::any;
   return p.target == Target::ordinary && p.target_weight == 0 ? Scope::ordinary : Scope::target;
 }
-constexpr int at_once(Scope scope) { return scope == Scope::any ? 1 : 2; }  // blocks
+// Blocks a multiprocessor that the registers have to suffice for. A target beside a row that is held
+// takes some more than half of them.
+constexpr int at_once(Scope scope, bool narrow) {
+  return scope == Scope::any || (scope == Scope::target && narrow) ? 1 : 2;
+}
 
 KD_DEVICE void store_number(bool in_double, void* to, int64_t i, double value) {
   if (in_double) ((double*)to)[i] = value;

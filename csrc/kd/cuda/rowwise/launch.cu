@@ -58,15 +58,17 @@ void plan(RowwiseCall& p) {
     // As many blocks a multiprocessor as its registers hold, or as many as it takes.
     for (int cluster = 1; cluster <= 8; cluster *= 2) {
       spread(p, chunks, cluster);
-      if (p.shared_bytes <= device.shared_bytes / at_once(scope)) break;
+      if (p.shared_bytes <= device.shared_bytes / at_once(scope, p.narrow)) break;
     }
     if (p.shared_bytes > device.shared_bytes) spread(p, 0, 1);
   }
   const int64_t groups_a_block = p.one_warp ? p.threads / warp_threads : 1;
   const int64_t blocks = (p.rows + groups_a_block - 1) / groups_a_block;
   const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b > 0 ? b : 1; };
-  const int64_t resident = (int64_t)device.multiprocessors *
-                           (p.slots ? at_once(scope) : at_once(scope) * most_threads / p.threads);
+  const int at_most_threads = at_once(scope, p.narrow) * most_threads;
+  const int64_t resident =
+      (int64_t)device.multiprocessors *
+      (p.slots ? at_once(scope, p.narrow) : at_most_threads / p.threads);
   p.blocks = at_most(blocks, resident / p.cluster) * p.cluster;
   p.double_blocks = at_most(blocks, device.multiprocessors * (p.in_double() ? 8 : 2));
   p.groups = p.blocks / p.cluster * groups_a_block;

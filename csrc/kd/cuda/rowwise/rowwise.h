@@ -103,7 +103,7 @@ KD_DEVICE int64_t skip_rows(const RowwiseCall& p, const Group& group, int64_t ro
 
 // `narrow`: each thread has its part of a row in registers.
 template <Scope scope, bool narrow>
-KD_KERNEL(most_threads, at_once(scope)) void in_single(KD_PARAM RowwiseCall given) {
+KD_KERNEL(most_threads, at_once(scope, narrow)) void in_single(KD_PARAM RowwiseCall given) {
   RowwiseCall p = known<scope>(given);
   if (narrow) p.cluster = 1, p.slots = p.slot_chunks = 0;
   else if (scope != Scope::any) p.one_warp = false;
