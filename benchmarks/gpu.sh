@@ -30,7 +30,8 @@ case "$1" in
   test)
     # Workers share Triton's cache, and compiling is most of the time. The trainer's tests, whose
     # dependencies may be missing here, are no reason to run none.
-    timeout 560 python3 -m pytest -m gpu -n "${WORKERS:-8}" -q --durations=10 \
+    # INT: what has failed by then is still told.
+    timeout -s INT -k 15 560 python3 -m pytest -m gpu -n "${WORKERS:-8}" -q --durations=10 \
       --continue-on-collection-errors --junitxml="$results/tests.xml" tests 2>&1 | tee "$results/tests.log"
     ;;
   bench)
@@ -47,19 +48,24 @@ case "$1" in
     metrics+=,sm__throughput.avg.pct_of_peak_sustained_elapsed
     metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active
     metrics+=,launch__registers_per_thread
+    # Few files, since few come back from some machines.
+    kernels=$results/kernels.txt counters=$results/counters.csv
+    : >"$kernels" && : >"$counters"
     for backend in ${BACKENDS:-cuda triton}; do
       for what in kl_div/8192x128256 kl_div/256x1000 kl_div/4096x32000 kl_div/2048x262144 \
         kd_loss/8192x128256; do
         [ $SECONDS -lt 420 ] || { echo "$what $backend: not run, for want of time" && continue; }
         name=${what//\//-}-bf16-$backend
         step=(python3 benchmarks/step.py "${what%/*}" "${what#*/}" bf16 "$backend")
-        timeout 60 "${step[@]}" >"$results/$name.txt" 2>&1 || echo "$name: step failed"
+        echo "# $name" | tee -a "$kernels" >>"$counters"
+        timeout 60 "${step[@]}" >>"$kernels" 2>&1 || echo "$name: step failed"
         # Counters need a permission that many machines do not give.
         UNDER_NCU=1 timeout 90 ncu --profile-from-start off --clock-control none \
-          --metrics "$metrics" --csv --log-file "$results/$name.csv" "${step[@]}" >/dev/null 2>&1 ||
-          echo "$name: no counters, see $results/$name.csv"
+          --metrics "$metrics" --csv --log-file "$counters.part" "${step[@]}" >/dev/null 2>&1 ||
+          echo "$name: no counters, see $counters"
+        [ ! -e "$counters.part" ] || { cat "$counters.part" >>"$counters" && rm "$counters.part"; }
       done
     done
-    grep -hE "gpu__time_duration|dram__" "$results"/*.csv || true
+    grep -E "^# |gpu__time_duration|dram__" "$counters" || true
     ;;
 esac
