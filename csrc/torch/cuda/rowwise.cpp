@@ -28,7 +28,7 @@ Tensor on_device_of(const Tensor& like, const std::vector<int64_t>& shape, Scala
   for (size_t d = shape.size(); d-- > 0; stride *= shape[d] > 1 ? shape[d] : 1) strides[d] = stride;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       shape.size(), shape.data(), strides.data(), type, aoti_torch_device_type_cuda(),
       like.get_device_index(), &handle));
   return Tensor(handle);
@@ -103,7 +103,7 @@ Result run(kd::cuda::RowwiseCall& p, const Tensor& student, const Tensor& teache
   p.inexact = static_cast<uint8_t*>(inexact.mutable_data_ptr());
 
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(student.get_device_index(), &stream));
   kd::cuda::rowwise(p, stream);
   return {loss, grad_teacher, rows};
