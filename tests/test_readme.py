@@ -20,8 +20,10 @@ README = Path(__file__).parents[1] / "README.md"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def snippets():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def snippets(word):
+    """Those in which it is."""
+    found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    return [code for code in found if word in code]
 
 
 def network():
@@ -30,7 +32,7 @@ def network():
 
 def test_losses():
     names = {}
-    for code in snippets()[:2]:
+    for code in snippets("Loss"):
         exec(code, names)
     assert names["loss"].isfinite()
 
@@ -41,19 +43,19 @@ def test_distill(tmp_path, monkeypatch):
     batches = DataLoader(TensorDataset(torch.randn(8, 3, 8, 8), torch.arange(8) % 4), batch_size=8)
     names = {"student": network(), "teacher": network(), "images": arrays[0], "labels": arrays[1]}
     names |= dict.fromkeys(("train_loader", "val_loader", "test_loader"), batches)
-    for code in snippets()[2:4]:
+    for code in snippets("distill("):
         exec(code, names)
         assert names.pop("results")["epochs"] == 60
     assert (tmp_path / "runs" / "mine" / "results.json").exists()
 
 
-def test_the_exported_model(tmp_path, monkeypatch, capsys):
+def test_the_student_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "my-images", count=10, size=(32, 32))
     run = (
         "--data my-images --method ce --student mlp8 --max-steps 1 --accelerator cpu --cache-dir x"
     )
     assert main([*run.split(), "--out", "runs/my-images-skd-resnet20"]) == 0
-    (code,) = snippets()[4:]
-    exec(code, {"torch": torch})
+    (code,) = snippets("load_student")
+    exec(code)
     assert capsys.readouterr().out.split()[-1] in ("cat", "dog")

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -71,6 +71,16 @@ def load_state(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from error
 
 
+class SavedModel(NamedTuple):
+    """A model from a file, and what it takes and gives out."""
+
+    name: str
+    network: nn.Module
+    shape: tuple[int, int, int]  # height, width and channels of an image
+    classes: int
+    use: dict[str, Any]  # as given to save_model
+
+
 def save_model(
     path: Path,
     name: str,
@@ -80,14 +90,14 @@ def save_model(
     **use: Any,
 ) -> None:
     """Save a model's weights with what is needed to build it again, and for its ``use``."""
-    metadata = {"model": name, "shape": json.dumps(shape), "classes": str(classes)}
-    metadata |= {key: json.dumps(value) for key, value in use.items()}
+    metadata = {"shape": shape, "classes": classes} | use
+    metadata = {"model": name} | {key: json.dumps(value) for key, value in metadata.items()}
     tensors = {key: value.contiguous() for key, value in weights.items()}
     write(path, lambda file: file.write(save(tensors, metadata)))
 
 
-def load_model(path: Path, shape: tuple[int, ...], classes: int) -> tuple[str, nn.Module]:
-    """Name and model saved by :func:`save_model`, which must fit the images and classes."""
+def read_model(path: Path) -> SavedModel:
+    """What :func:`save_model` saved; a missing, damaged or foreign file is named."""
     if not path.is_file():
         hint = "; expected the model.safetensors in this folder" if path.is_dir() else ""
         raise InputError(f"{path}: no such model file{hint}")
@@ -99,15 +109,23 @@ def load_model(path: Path, shape: tuple[int, ...], classes: int) -> tuple[str, n
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error
     if not {"model", "shape", "classes"} <= metadata.keys():
         raise InputError(f"{path}: not saved by kdkernels train (no model name in its metadata)")
-    found = (tuple(json.loads(metadata["shape"])), int(metadata["classes"]))
-    if found != (tuple(shape), classes):
-        raise InputError(
-            f"{path}: trained on images (H, W, C) = {found[0]} of {found[1]} classes; the data "
-            f"has {tuple(shape)} of {classes}"
-        )
-    model = build_model(metadata["model"], shape, classes)
+    name = metadata.pop("model")
+    use = {key: json.loads(value) for key, value in metadata.items()}
+    shape, classes = tuple(use.pop("shape")), use.pop("classes")
+    network = build_model(name, shape, classes)
     try:
-        model.load_state_dict(tensors)
+        network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise InputError(f"{path}: does not fit {metadata['model']} ({error})") from error
-    return metadata["model"], model
+        raise InputError(f"{path}: does not fit {name} ({error})") from error
+    return SavedModel(name, network, shape, classes, use)
+
+
+def load_model(path: Path, shape: tuple[int, ...], classes: int) -> tuple[str, nn.Module]:
+    """Name and model saved by :func:`save_model`, which must fit the images and classes."""
+    saved = read_model(path)
+    if (saved.shape, saved.classes) != (tuple(shape), classes):
+        raise InputError(
+            f"{path}: trained on images (H, W, C) = {saved.shape} of {saved.classes} classes; the "
+            f"data has {tuple(shape)} of {classes}"
+        )
+    return saved.name, saved.network
