@@ -172,6 +172,7 @@ def test_arrays_that_are_no_images_are_refused(images, change, message):
         ({"lr": "x"}, "--lr: expected a number, got 'x'"),
         ({"optimizer": "adam"}, "--optimizer: expected one of sgd, adamw, got 'adam'"),
         ({"method": "kd"}, "teacher: --method kd expects 1 of them, got 0"),
+        ({"backend": "cuda"}, "--backend cuda: cannot run here"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(images, settings, message):

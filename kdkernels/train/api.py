@@ -29,12 +29,13 @@ from kdkernels.train.data import (
     load_data,
     shape_of,
 )
-from kdkernels.train.devices import make_fabric, on_first
+from kdkernels.train.devices import on_first
 from kdkernels.train.errors import InputError
 from kdkernels.train.experiment import (
     conclude,
     make_method,
     resolved_options,
+    set_up,
     user_cache,
 )
 from kdkernels.train.loop import fit
@@ -95,8 +96,7 @@ def distill(
         )
     config = Config(method=method, student=type(student).__name__, seed=(seed,), **settings)
     made = make_method(method, config.backend, options)
-    fabric = make_fabric(config)
-    config = replace(config, precision=fabric.strategy.precision.precision)
+    fabric, config = set_up(config)
     if isinstance(data, DataLoader):
         data = _loaders(data, val, test, student, config, fabric.world_size)
     elif val is not None or test is not None:
@@ -104,7 +104,6 @@ def distill(
     else:
         data = _dataset(data, config)
     config = replace(config, data=data.name)
-    report.console.quiet |= not fabric.is_global_zero
     report.say(*data.described())
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else teacher
     count = len(made.specialities(len(data.classes)))

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from kdkernels.train.config import Config
-from kdkernels.train.data import Dataset, Split
+from kdkernels.train.data import Dataset, LoaderData, LoaderSplit, Split
 from kdkernels.train.errors import InputError
 from kdkernels.train.metrics import predict
 
@@ -118,7 +118,7 @@ def on_first(fabric: Fabric, do: Callable[[], T]) -> T:
 
 
 def predict_together(
-    fabric: Fabric, model: nn.Module, data: Dataset, split: Split
+    fabric: Fabric, model: nn.Module, data: Dataset | LoaderData, split: Split | LoaderSplit
 ) -> tuple[Tensor, Tensor]:
     """:func:`predict` with the split shared among the processes; each gets all of the result."""
     if fabric.world_size == 1:

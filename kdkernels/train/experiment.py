@@ -50,13 +50,8 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     method = make_method(config.method, config.backend, options)
     if method.needs_teacher and not (config.teacher or config.teacher_checkpoint):
         raise InputError(f"--method {config.method}: expected --teacher or --teacher-checkpoint")
-    fabric = make_fabric(config)
-    config = replace(config, precision=fabric.strategy.precision.precision)
+    fabric, config = set_up(config)
     record = config.resolved() | resolved_options(config.method, options)
-    report.console.quiet = not fabric.is_global_zero
-    require_backend(config.backend, fabric.device.type)
-    if config.tensorboard:
-        require_tensorboard()
     data = load_data(
         config.data,
         val_fraction=config.val_fraction,
@@ -93,6 +88,22 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
             method = make_method(config.method, config.backend, options)
             runs.append(train(fabric, method, models, data, config, seed, out / f"seed-{seed}"))
         return conclude(fabric, out, results, runs, config, places if config.teacher else ())
+
+
+def set_up(config: Config) -> tuple[Fabric, Config]:
+    """The processes of a run, and its config with the precision they compute in.
+
+    What could only fail much later is refused: a backend that cannot run, a missing package.
+    """
+    fabric = make_fabric(config)
+    report.console.quiet |= not fabric.is_global_zero
+    if config.backend != "auto":
+        runs, reason = backends.verdict("rowwise", config.backend, fabric.device.type)
+        if not runs:
+            raise InputError(f"--backend {config.backend}: cannot run here: {reason}")
+    if config.tensorboard:
+        require_tensorboard()
+    return fabric, replace(config, precision=fabric.strategy.precision.precision)
 
 
 def conclude(
@@ -150,15 +161,8 @@ def rehearse(
     trained = method.wrap(student)
     student_taps, *teacher_taps = method.taps(trained, teachers)
     network = Tapped(trained, student_taps, what="student")
-    dry_run(method, network, Teachers(fabric, teachers, teacher_taps), data, fabric)
+    dry_run(method, network, Teachers(fabric, teachers, teacher_taps), data)
     teacher_cache.form_of(method, config, len(data.classes))
-
-
-def require_backend(backend: str, device_type: str) -> None:
-    """Refuse now, and not after a teacher's training, a backend that cannot run."""
-    ok, reason = backends.verdict("rowwise", backend, device_type) if backend != "auto" else (1, "")
-    if not ok:
-        raise InputError(f"--backend {backend}: cannot run here: {reason}")
 
 
 def train(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kdkernels.train.clock import StepClock
-from kdkernels.train.data import Batch, Dataset
+from kdkernels.train.data import Batch, Dataset, LoaderData
 from kdkernels.train.errors import InputError
 from kdkernels.train.methods import Method, Output
 from kdkernels.train.taps import Tapped, shown_two
@@ -90,7 +90,9 @@ def gradient_norms(
     return norms
 
 
-def dry_run(method: Method, student: nn.Module, teachers: Teachers, data: Dataset, fabric: Fabric):
+def dry_run(
+    method: Method, student: nn.Module, teachers: Teachers, data: Dataset | LoaderData
+) -> None:
     """Show the method two images' outputs, for what it makes of their shapes."""
     outputs = [shown_two(student, data.shape, what="student")]
     outputs += [shown_two(teacher, data.shape, what="teacher") for teacher in teachers]

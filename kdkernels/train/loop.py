@@ -85,7 +85,7 @@ def fit(
     student_taps, *teacher_taps = method.taps(trained, teachers)
     network = Tapped(trained, student_taps, what="student")
     teachers = Teachers(fabric, teachers, teacher_taps)
-    dry_run(method, network, teachers, data, fabric)
+    dry_run(method, network, teachers, data)
     if config.compile:
         as_they_are = config.teacher_cache or device.type == "cpu"
         for tapped in (network, *(() if as_they_are else (t.network for t in teachers))):

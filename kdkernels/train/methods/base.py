@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdkernels.train.data import Batch, Batches, Dataset
+from kdkernels.train.data import Batch, Batches, Dataset, LoaderBatches, LoaderData
 
 
 class Run(NamedTuple):
     """What a method may know of the run it takes part in."""
 
-    data: Dataset
+    data: Dataset | LoaderData
     steps: int  # of the whole training
     steps_per_epoch: int
     group: Any = None  # of the processes that share it, for losses over the batch
@@ -93,7 +93,7 @@ class Method(nn.Module):
     def setup(self, student_out: Output, teacher_out: Sequence[Output]) -> None:
         """Make what depends on shapes (projectors, a simplifier), from a dry run of two images."""
 
-    def data(self, batches: Batches, step: int, share: int = 0) -> Batch:
+    def data(self, batches: Batches | LoaderBatches, step: int, share: int = 0) -> Batch:
         """A share of the batch of a step, a function of these: of some classes only, say."""
         return batches(step, share)
 
