@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from kdkernels.train import Config, InputError, checkpoint, methods, run
 from kdkernels.train.cli import main
 from kdkernels.train.data import Batch, Batches, load_data, mix_up, quarter_turns
+from kdkernels.train.encoding import Form
 from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import Output, TopK
 from kdkernels.train.methods.kd import KD
 from kdkernels.train.models import build_model
 from kdkernels.train.models.layers import Network
-from kdkernels.train.teacher_cache import CachedTeachers, Form
+from kdkernels.train.teacher_cache import CachedTeachers
 from kdkernels.train.teachers import Teachers
 
 BATCH_SIZE = 100  # so that the last batch of a view has to be filled up
@@ -224,7 +225,7 @@ def test_later_runs_find_what_was_made(config, tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "index", "foreign"])
 def test_a_damaged_cache_is_named(data, tmp_path, damage):
     cached = make(data, tmp_path, form=Form("fp32", 3, 4.0))
-    cached.fill([0], [0])
+    cached.fill(0, [0])
     folder = cached.folders[0] / "view-0"
     path = folder / ("index.json" if damage in ("index", "foreign") else "top-classes.npy")
     content = bytearray(path.read_bytes())
@@ -239,11 +240,11 @@ def test_a_damaged_cache_is_named(data, tmp_path, damage):
         path.unlink()
     elif damage == "foreign":
         other = make(data, tmp_path, seed=2, form=Form("fp32", 3, 4.0))
-        other.fill([0], [0])
+        other.fill(0, [0])
         shutil.rmtree(folder)
         (other.folders[0] / "view-0").rename(folder)
     with pytest.raises(InputError, match=rf"{path}: damaged teacher cache .*; delete {folder}"):
-        make(data, tmp_path, form=Form("fp32", 3, 4.0)).fill([0], [0])
+        make(data, tmp_path, form=Form("fp32", 3, 4.0)).fill(0, [0])
 
 
 class Louder(Network):
@@ -257,12 +258,12 @@ class Louder(Network):
 
 
 def test_a_teacher_that_only_its_code_tells_apart_is_noticed(data, tmp_path):
-    make(data, tmp_path).fill([0], [0])
+    make(data, tmp_path).fill(0, [0])
     network = build_first(data)
     network.__class__ = Louder
     changed = make(data, tmp_path, network=network)
     with pytest.raises(InputError, match=r"logits.npy: stale teacher cache: not what the teacher"):
-        changed.fill([0], [0])
+        changed.fill(0, [0])
 
 
 def test_classes_that_a_teacher_rules_out_are_found_again(data, tmp_path):
@@ -271,9 +272,9 @@ def test_classes_that_a_teacher_rules_out_are_found_again(data, tmp_path):
         first.classifier.bias.data[3] = -torch.inf
         return first
 
-    make(data, tmp_path, network=network()).fill([0], [0])
+    make(data, tmp_path, network=network()).fill(0, [0])
     cached = make(data, tmp_path, network=network())
-    cached.fill([0], [0])
+    cached.fill(0, [0])
     assert cached.cost["teacher_cache"]["views_made"] == 0
 
 
@@ -315,7 +316,7 @@ def test_a_killed_build_goes_on_with_the_views_that_are_whole(config, teacher_fi
 def test_of_two_that_start_together_one_makes_a_view(data, tmp_path):
     caches = [make(data, tmp_path) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda cached: cached.fill([0], [0, 1]), caches))
+        list(pool.map(lambda cached: cached.fill(0, [0, 1]), caches))
     assert sum(cached.cost["teacher_cache"]["views_made"] for cached in caches) == 2
 
 
@@ -325,7 +326,7 @@ def test_what_fp16_cannot_hold_is_refused(data, tmp_path):
         network.classifier.weight.mul_(1e6)
     cached = make(data, tmp_path, network=network, form=Form("fp16"))
     with pytest.raises(InputError, match=r"--cache-dtype fp16: the teacher's outputs reach \d"):
-        cached.fill([0], [0])
+        cached.fill(0, [0])
     assert not list(cached.folders[0].glob("view-0*/"))
 
 

@@ -18,10 +18,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,26 +30,15 @@ from kdkernels.train.config import Config
 from kdkernels.train.data import Batch, Batches
 from kdkernels.train.data.batches import near
 from kdkernels.train.data.cache import alone, made_whole, new_map
+from kdkernels.train.encoding import Form, decode, encode
 from kdkernels.train.errors import InputError
-from kdkernels.train.methods import Method, Output, TopK
+from kdkernels.train.methods import Method, Output
 from kdkernels.train.teachers import Teacher, Teachers
 
 # Part of every key: raise it when the arrays change.
 VERSION = 1
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 # A stored output further from the teacher's own, as a share of the largest, is another teacher's.
 STALE = 0.05
-
-
-class Form(NamedTuple):
-    """How outputs are kept: at which precision, and of the logits how many.
-
-    ``temperature`` is the one at which what is left out of the logits is known.
-    """
-
-    dtype: str = "fp32"
-    top_k: int | None = None
-    temperature: float | None = None
 
 
 def prepare(
@@ -63,9 +50,9 @@ def prepare(
     parts = {index: part for index, (part, _) in shown.items()}
     cached = CachedTeachers(teachers, batches, Path(config.teacher_cache), form, parts)
     for index, (_, views) in shown.items():
-        cached.fill([index], views)
+        cached.fill(index, views)
     made, seconds = cached.cost["teacher_cache"].values()
-    report.console.print(f"{config.teacher_cache}: made {made} views in {seconds:.1f} s")
+    report.say(f"{config.teacher_cache}: made {made} views in {seconds:.1f} s")
     return cached
 
 
@@ -110,11 +97,10 @@ class CachedTeachers:
         self._views: dict[tuple[int, int], dict[str, Tensor]] = {}  # lately used
         self._checked: set[Path] = set()
 
-    def fill(self, indices: Iterable[int], views: Sequence[int]) -> None:
-        """Make the views of these teachers that are missing, and check those that are there."""
-        for index in indices:
-            for view in views:
-                self._view(index, view)
+    def fill(self, index: int, views: Sequence[int]) -> None:
+        """Make those of a teacher's views that are missing, and check those that are there."""
+        for view in views:
+            self._view(index, view)
         self._views.clear()
 
     def __call__(self, batch: Batch, indices: Sequence[int]) -> list[Output]:
@@ -259,61 +245,3 @@ def digest(array: np.ndarray) -> str:
     content = hashlib.sha256(f"{array.shape} {array.dtype}".encode())
     content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return content.hexdigest()
-
-
-def encode(out: Output, form: Form) -> dict[str, Tensor]:
-    """The arrays that are kept of an output, features in the memory order they came in."""
-    stored = partial(narrow, dtype=form.dtype)
-    if form.top_k:
-        values, classes = out.logits.topk(form.top_k)
-        logsumexp = (out.logits / form.temperature).logsumexp(-1)
-        arrays = {
-            "top-logits": stored(values),
-            "top-classes": classes.int(),
-            "top-logsumexp": logsumexp,
-        }
-    else:
-        arrays = {"logits": stored(out.logits)}
-    for number, feature in enumerate((out.features or {}).values()):
-        name = f"features-{number}"
-        if is_channels_last(feature):
-            name, feature = f"{name}-channels-last", feature.permute(0, 2, 3, 1)
-        arrays[name] = stored(feature)
-    return arrays
-
-
-def decode(arrays: dict[str, Tensor], taps: Sequence[str]) -> Output:
-    """The output, in float32, of which :func:`encode` kept these arrays."""
-    if "logits" in arrays:
-        logits = arrays["logits"].float()
-    else:
-        names = ("top-logits", "top-classes", "top-logsumexp")
-        logits = TopK(*(arrays[name] for name in names))
-    features = {}
-    for number, tap in enumerate(taps):
-        name = f"features-{number}"
-        if name in arrays:
-            features[tap] = arrays[name].float()
-        else:
-            features[tap] = arrays[f"{name}-channels-last"].float().permute(0, 3, 1, 2)
-    return Output(logits, features)
-
-
-def narrow(values: Tensor, dtype: str) -> Tensor:
-    """The values in the type they are kept in; refused where that has no such numbers."""
-    kept = values.to(DTYPES[dtype])
-    if not torch.equal(kept.isfinite(), values.isfinite()):
-        raise InputError(
-            f"--cache-dtype {dtype}: the teacher's outputs reach {values.abs().max():.3g}, beyond "
-            "its range; use fp32"
-        )
-    return kept
-
-
-def is_channels_last(feature: Tensor) -> bool:
-    """Whether a map lies in memory pixel by pixel, and not channel by channel as well."""
-    return (
-        feature.ndim == 4
-        and feature.is_contiguous(memory_format=torch.channels_last)
-        and not feature.is_contiguous()
-    )
