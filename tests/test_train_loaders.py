@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from kdkernels.train import InputError, checkpoint, distill, loop
+from kdkernels.train.data import LoaderBatches, LoaderData, LoaderSplit
 from kdkernels.train.report.cli import main
 
 QUICK = {"accelerator": "cpu", "epochs": 3}
@@ -42,8 +43,8 @@ def sets():
     return [kind(*part) for kind, part in zip(kinds, parts, strict=True)]
 
 
-def load(data):
-    return DataLoader(data, batch_size=32, shuffle=True)
+def load(data, sampler=None):
+    return DataLoader(data, batch_size=32, sampler=sampler, shuffle=sampler is None)
 
 
 @pytest.mark.parametrize("method", ["kd", "skd+dkd"])
@@ -136,6 +137,39 @@ def test_batches_that_do_not_fit_are_named(sets, change, message):
     train = load(TensorDataset(*change(*sets[1].tensors)))
     with pytest.raises(InputError, match=f"training loader: expected {message}"):
         distill(network(), None, train, val=sets[1], test=sets[2], method="ce", **QUICK)
+
+
+def test_a_loader_without_batches_is_named(sets):
+    train = DataLoader(sets[0], batch_size=201, drop_last=True)
+    with pytest.raises(InputError, match="training loader: expected at least one batch, got none"):
+        distill(network(), None, train, val=sets[1], test=sets[2], method="ce", **QUICK)
+
+
+class Stream(IterableDataset):
+    """Says that it has more images than it gives out."""
+
+    def __init__(self, data, said):
+        self.data, self.said = data, said
+
+    def __len__(self):
+        return self.said
+
+    def __iter__(self):
+        return map(self.data.__getitem__, range(len(self.data)))
+
+
+def test_a_loader_that_ends_early_is_named(sets):
+    train = DataLoader(Stream(sets[0], 300), batch_size=100)
+    with pytest.raises(InputError, match="training loader: expected 3 batches, its length, got 2"):
+        distill(network(), None, train, val=sets[1], test=sets[2], method="ce", **QUICK)
+
+
+def test_images_are_counted_as_they_come(sets):
+    few = RandomSampler(sets[0], replacement=True, num_samples=50)
+    split = LoaderSplit("training", load(sets[0], few))
+    batches = LoaderBatches(LoaderData((), (8, 8, 3), split, split, split), torch.device("cpu"))
+    assert [len(batches(step).labels) for step in range(4)] == [32, 18, 32, 18]
+    assert batches.batch_size == 25
 
 
 def test_held_out_sets_go_with_a_loader(sets):

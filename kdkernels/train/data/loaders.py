@@ -28,6 +28,8 @@ class LoaderSplit:
             self.count = len(loader)
         except TypeError as error:
             raise InputError(f"{part} loader: expected one that knows its length") from error
+        if not self.count:
+            raise self._unfit("at least one batch", "none (is drop_last set?)")
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (B, C, H, W) and labels, (B,) or probabilities (B, K), of one pass."""
@@ -70,9 +72,6 @@ class LoaderSplit:
 
     rows = labels
 
-    def __len__(self) -> int:
-        return len(self.loader.dataset)
-
 
 @dataclass(frozen=True)
 class LoaderData:
@@ -98,16 +97,22 @@ class LoaderBatches:
     """A loader's batches as the loop asks for them: step by step, from the start of an epoch on."""
 
     def __init__(self, data: LoaderData, device: torch.device) -> None:
-        self.data, self.device, loader = data, device, data.train.loader
-        self.per_epoch = data.train.count
-        # The mean: the last batch may be smaller.
-        self.batch_size = min(loader.batch_size or math.inf, len(data.train) / self.per_epoch)
+        self.data, self.device, self.per_epoch = data, device, data.train.count
+        self.batch_size = math.nan  # the mean of the epoch so far: the last may be smaller
         self._pass: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self._images = 0  # so far in this pass
 
     def __call__(self, step: int, share: int = 0) -> Batch:
-        if step % self.per_epoch == 0:
-            self._pass = self.data.train.batches(self.device)
-        return Batch(*next(self._pass))
+        position = step % self.per_epoch
+        if position == 0:
+            self._pass, self._images = self.data.train.batches(self.device), 0
+        if (batch := next(self._pass, None)) is None:
+            raise InputError(
+                f"training loader: expected {self.per_epoch} batches, its length, got {position}"
+            )
+        self._images += len(batch[0])
+        self.batch_size = self._images / (position + 1)
+        return Batch(*batch)
 
 
 def shape_of(split: LoaderSplit) -> tuple[int, int, int]:

@@ -71,11 +71,12 @@ class CRD(FeatureMethod):
     def setup(self, student_out: Output, teacher_out: Sequence[Output]) -> None:
         (student,), (teacher,) = self.features(student_out, teacher_out)
         train = self.run.data.train
+        labels = torch.from_numpy(train.labels[train.rows])
         self.contrast = CRDLoss(
             student.flatten(1).shape[1],
             teacher.flatten(1).shape[1],
-            len(train),
-            torch.from_numpy(train.labels[train.rows]),
+            len(labels),
+            labels,
             dim=self.dim,
             num_negatives=self.negatives,
             temperature=self.contrast_temperature,
