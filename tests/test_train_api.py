@@ -163,6 +163,15 @@ def test_arrays_that_are_no_images_are_refused(images, change, message):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "got"), [((8, 9), r"\[\(8, 8, 3\), \(9, 8, 3\)\]"), ((), "none")]
+)
+def test_pairs_are_of_one_size(sizes, got):
+    pairs = [(np.zeros((size, 8, 3), np.uint8), 0) for size in sizes]
+    with pytest.raises(InputError, match=f"data: expected images of one size, got {got}"):
+        distill(network(), None, pairs, method="ce", **QUICK)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"epoch": 1}, r"distill\(\): 'epoch': not an option"),

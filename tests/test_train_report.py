@@ -11,9 +11,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
 from kdkernels.cli import main
 from kdkernels.train import Config, InputError, predictions, report, run
+from kdkernels.train.data import from_arrays
 from kdkernels.train.predictions import Predictions
 from kdkernels.train.report import sections
 from kdkernels.train.report.charts import Chart, mean_and_range
@@ -169,6 +171,13 @@ def test_predictions_are_those_of_the_results(folder):
     (folder / "kd/seed-1/damaged.npz").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"damaged\.npz: damaged"):
         predictions.load(folder / "kd/seed-1/damaged.npz")
+
+
+def test_long_strips_are_shown(tmp_path):
+    strips = np.zeros((12, 8, 2000, 3), np.uint8), np.arange(12) % 2
+    data = from_arrays(*strips, val_fraction=0.2, split_seed=0)
+    predictions.save(tmp_path / "x.npz", data, torch.zeros(2, 2), torch.zeros(2), None)
+    assert predictions.load(tmp_path / "x.npz").images.shape == (2, 1, 96, 3)
 
 
 def test_many_classes_are_shown_by_what_is_confused():

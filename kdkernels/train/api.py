@@ -174,5 +174,7 @@ def _dataset(data: Any, config: Config) -> Dataset:
         return load_data(str(data), image_size=config.image_size, cache_dir=cache, **split)
     if not (isinstance(data, tuple) and len(data) == 2):
         pairs = [(np.asarray(image), label) for image, label in data]
-        data = np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
+        if len(shapes := {image.shape for image, _ in pairs}) != 1:
+            raise InputError(f"data: expected images of one size, got {sorted(shapes) or 'none'}")
+        data = np.stack([image for image, _ in pairs]), [label for _, label in pairs]
     return from_arrays(*map(np.asarray, data), **split)

@@ -83,5 +83,6 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
     if scale >= 1 or channels == 2:
         return image
     shown = Image.fromarray(image.squeeze(-1) if channels == 1 else image)
-    shown = shown.resize((round(scale * width), round(scale * height)), Image.Resampling.BOX)
+    size = tuple(max(round(scale * pixels), 1) for pixels in (width, height))
+    shown = shown.resize(size, Image.Resampling.BOX)
     return np.asarray(shown).reshape(*shown.size[::-1], channels)
