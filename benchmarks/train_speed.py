@@ -19,14 +19,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import plain_loop
 import torch
+import train_speed_data
 import train_speed_table
 from torch import nn
 
@@ -34,7 +34,7 @@ from kdkernels.bench import Settings
 from kdkernels.bench.rows import environment
 from kdkernels.train import checkpoint
 from kdkernels.train.config import Config
-from kdkernels.train.data import Dataset, Split, load_data, split_off
+from kdkernels.train.data import Dataset, split_off
 from kdkernels.train.devices import make_fabric, native_precision
 from kdkernels.train.experiment import make_method
 from kdkernels.train.loop import fit
@@ -43,14 +43,18 @@ from kdkernels.train.models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data/tiny-imagenet-even100-32px.tar.xz"
-STAND_IN = "stand-in"
-VAL, TEST = 256, 1000  # images: read after every short training, so few
 # Methods over maps have large outputs to keep; so many images will do for their steps.
 MAPS, FEW = ("at", "fitnet"), 4096
-METHODS = {
-    "kd": {}, "dkd": {}, "skd": {}, "skd, batch": {"tokens": "batch"}, "at": {}, "fitnet": {},
-    "crd": {},
-}  # fmt: skip
+# Name in the table: method and its options.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kd": ("kd", {}),
+    "dkd": ("dkd", {}),
+    "skd": ("skd", {}),
+    "skd, batch": ("skd", {"tokens": "batch"}),
+    "at": ("at", {}),
+    "fitnet": ("fitnet", {}),
+    "crd": ("crd", {}),
+}
 # Whole trainings: the student, its teacher (of accuracy.py), epochs of so many images.
 PROTOCOL = {"student": "resnet8", "teacher": "resnet20", "epochs": 5, "images": 10000}
 PROTOCOL_TEACHER = ROOT / "benchmarks/results/accuracy/tiny-imagenet-even100/resnet20.safetensors"
@@ -143,8 +147,8 @@ class Bench:
             student=arguments.student, batch_size=arguments.batch_size, epochs=1,
             max_steps=arguments.steps, cache_views=1, accelerator=arguments.device, lr=0.05,
         )  # fmt: skip
-        self.whole = self.load(arguments.data)
-        self.data = self.shortened(self.whole)
+        self.whole = train_speed_data.load(arguments.data, self.work)
+        self.data = train_speed_data.shortened(self.whole)
         self.teacher = self.train_teacher(arguments.teacher, arguments.teacher_steps)
         settings = {
             name: getattr(arguments, name)
@@ -169,29 +173,6 @@ class Bench:
             if all(before["environment"][name] == now[name] for name in same):
                 self.result = before
 
-    def load(self, path: Path) -> Dataset:
-        """The data, or what stands in for it."""
-        if path.exists():
-            return load_data(
-                str(path), val_fraction=0.1, split_seed=0, image_size=None, cache_dir=self.work
-            )
-        print(
-            f"WARNING: {path} does not exist: this measures a STAND-IN of made-up images, not the "
-            "data of the results kept here, and its accuracies mean nothing",
-            file=sys.stderr,
-        )
-        return stand_in()
-
-    @staticmethod
-    def shortened(data: Dataset) -> Dataset:
-        """With so many images for validation and test as are worth the time."""
-        rng = np.random.default_rng(0)
-        val, test = (
-            replace(split, rows=rng.permutation(split.rows)[:count])
-            for split, count in ((data.val, VAL), (data.test, TEST))
-        )
-        return replace(data, val=val, test=test)
-
     def train_teacher(self, name: str, steps: int) -> nn.Module:
         """A teacher that has learned for some steps, from the folder for later if it is there."""
         shape, classes = self.data.shape, len(self.data.classes)
@@ -206,9 +187,11 @@ class Bench:
             checkpoint.save_model(path, name, teacher.state_dict(), shape, classes)
         return checkpoint.load_model(path, shape, classes)[1]
 
-    def fit(self, config: Config, student: nn.Module, teachers: list, data: Dataset, seed: int):
+    def fit(
+        self, config: Config, student: nn.Module, teachers: list, data: Dataset, seed: int
+    ) -> dict[str, Any]:
         """The trainer's results."""
-        name, options = config.method.split(", ")[0], METHODS.get(config.method, {})
+        name, options = METHODS.get(config.method, (config.method, {}))
         config = replace(config, method=name)
         fabric = make_fabric(config)
         method = make_method(name, config.backend, options)
@@ -237,7 +220,7 @@ class Bench:
     def compare_accuracy(self) -> None:
         """The whole trainings that are not done yet, in the plain loop and in the trainer."""
         data, teacher, steps = self.whole, self.teacher, self.config.max_steps
-        if data.name != STAND_IN:
+        if data.name != train_speed_data.STAND_IN:
             teacher = checkpoint.load_model(PROTOCOL_TEACHER, data.shape, len(data.classes))[1]
             few = split_off(data.train, PROTOCOL["images"] / len(data.train), 0)[1]
             data = replace(data, train=few, val=self.data.val)
@@ -292,19 +275,6 @@ class Bench:
         }
         text = train_speed_table.tables(self.result, [loop.name for loop in LOOPS], pairs)
         self.path.with_suffix(".md").write_text(text)
-
-
-def stand_in(count: int = 6400, classes: int = 100) -> Dataset:
-    """Blurred noise of its own for every class, with noise of each image's own."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(count + VAL + TEST) % classes
-    prototypes = rng.integers(0, 256, (classes, 8, 8, 3)).repeat(4, 1).repeat(4, 2)
-    noise = rng.normal(0, 40, (len(labels), 32, 32, 3))
-    images = (prototypes[labels] + noise).clip(0, 255).astype(np.uint8)
-    parts = np.split(np.arange(len(labels)), [count, count + VAL])
-    splits = [Split(images, labels, rows) for rows in parts]
-    names = tuple(map(str, range(classes)))
-    return Dataset.build(STAND_IN, names, STAND_IN, "crop-flip", *splits)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def test_the_plain_loops_loss_is_that_of_kd(plain_loop):
 
 
 def test_the_plain_loops_images_are_normalised_crops(plain_loop):
-    data = pytest.importorskip("train_speed").stand_in(64)
+    data = pytest.importorskip("train_speed_data").stand_in(64)
     pixels, label = plain_loop.Images(data)[3]
     images, labels = data.train.take(slice(3, 4))
     assert pixels.shape == (3, 32, 32) and label == labels[0]

@@ -31,6 +31,7 @@ __all__ = [
     "normaliser",
     "quarter_turns",
     "shape_of",
+    "split_off",
 ]
 
 # Half of the digits test, as in scikit-learn's own example; other sets give up a fifth.

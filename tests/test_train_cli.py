@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kdkernels train``: options and their help, config files, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from kdkernels.train import Config
+from kdkernels.train.cli import main, parameters
+from kdkernels.train.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_config_file_is_overruled_by_the_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "method: ce\nstudent: mlp8\nepochs: 7\nmax-steps: 3\nseed: [5]\naccelerator: cpu\n"
+    )
+    out = tmp_path / "out"
+    assert main(["--epochs", "1", "--config", str(path), "--out", str(out)]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["config"]["epochs"] == 1
+    assert [(run["seed"], run["steps"]) for run in results["runs"]] == [(5, 3)]
+
+
+def test_unknown_config_keys_are_refused(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("method: ce\nlearning_rate: 0.1\n")
+    with pytest.raises(SystemExit):
+        main(["--config", str(path), "--out", str(tmp_path / "out")])
+    assert "learning_rate" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--methd ce", "unrecognized arguments: --methd ce; the nearest are --method,"),
+        ("--alpha x", "--alpha: expected float, got x"),
+        ("--tokens clas", "--tokens: expected one of 'class', 'batch', got clas"),
+        ("--epochs two", "--epochs: expected int, got two"),
+    ],
+)
+def test_a_mistyped_option_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments.split())
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_lone_resume_asks_for_the_run(capsys):
+    assert main(["--resume"]) == 1
+    assert "--resume: expected --out" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdkernels.train.experiment.run", interrupted)
+    assert main(["--method", "ce"]) == 130
+    assert capsys.readouterr().err.endswith("--resume go on\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--method ce --alpha .5", "--alpha: not an option of --method ce"),
+        ("--method kd", "--method kd: expected --teacher or --teacher-checkpoint"),
+        (
+            "--method none",
+            "--method: expected one of at, ce, crd, dkd, education,",
+        ),
+        ("--method ce --epochs 0", "--epochs: expected a number above 0, got 0"),
+        ("--method ce --seed 1 1", "--seed: expected different numbers"),
+        ("--method ce --accumulate 7", "--batch-size 64: expected a multiple of 7"),
+        (
+            "--method kd --teacher-checkpoint .",
+            "expected the model.safetensors in",
+        ),
+        ("--method ce --student resnet9", "'resnet9': expected one of"),
+        ("--method ce --data nowhere", "--data nowhere: expected 'digits', a folder"),
+        ("--method kd --teacher-checkpoint nowhere", "checkpoint: nowhere: no such model file"),
+        ("--method ce --data pyproject.toml", "--data: pyproject.toml: not a readable archive"),
+        ("--method at --at-weight -1", "--at-weight: expected 0 or more, got -1"),
+    ],
+)
+def test_bad_options_are_named_and_write_nothing(arguments, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*arguments.split(), "--accelerator", "cpu", "--out", str(out)]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_help_of_method_names_each():
+    (text,) = (parameter.help for parameter in parameters(Config) if parameter.name == "method")
+    assert set(METHODS) <= set(re.findall(r"\w+", text))
+
+
+def test_every_option_has_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    options = [*Config.__dataclass_fields__, "temperature", "alpha"]
+    assert all("--" + name.replace("_", "-") in text for name in options)
