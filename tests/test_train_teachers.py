@@ -9,12 +9,12 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from kdkernels.train.data import Batch
+from kdkernels.train.frozen import Block, Convolution, folded, packed, supported
 from kdkernels.train.models import build_model, usual_taps
 from kdkernels.train.models.layers import Network
 from kdkernels.train.models.resnet import BasicBlock
-from kdkernels.train.packed import Block, Convolution, packed, supported
 from kdkernels.train.taps import Tapped
-from kdkernels.train.teachers import Teachers, folded
+from kdkernels.train.teachers import Teachers
 
 SHAPE = (8, 8, 1)
 

@@ -2,8 +2,8 @@
 """An experiment: data, a teacher, and one student for each seed, in one folder.
 
 The folder holds ``config.json``; ``teacher/`` if one was trained and ``seed-N/`` for each seed,
-with ``checkpoint.pt``, ``log.jsonl``, ``model.safetensors`` and, once finished, ``results.json``;
-and over all seeds ``results.json`` and ``curves.png``.
+with ``checkpoint.pt``, ``log.jsonl`` and, once finished, ``test.npz``, ``model.safetensors`` and
+``results.json``; and over all seeds ``results.json`` and ``curves.png``.
 """
 
 from __future__ import annotations

@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdkernels.train.data import Batch
+from kdkernels.train.frozen import folded, packed
 from kdkernels.train.methods import Output
-from kdkernels.train.models.layers import Network
-from kdkernels.train.packed import hooked, packed
 from kdkernels.train.taps import Tapped
 
 
@@ -69,37 +65,3 @@ class Teachers(nn.ModuleList):
 
     def forward(self, batch: Batch, indices: Sequence[int]) -> list[Output]:
         return [self[index](batch.images) for index in indices]
-
-
-def folded(network: nn.Module, taps: Sequence[str] = ()) -> nn.Module:
-    """The network with its batch normalisations in the convolutions before them, if it has any.
-
-    A copy, equal but for rounding. Folded is what stands side by side in an ``nn.Sequential``,
-    unless it is tapped or has hooks, or is more than plain ``Conv2d`` and ``BatchNorm2d``. Only in
-    the trainer's own networks: another may use what comes out of a part of a sequence.
-    """
-    if not isinstance(network, Network):
-        return network
-    copied = copy.deepcopy(network)
-    tapped = {tap.partition(":")[0] for tap in taps}
-    found = False
-    for path, parent in copied.named_modules():
-        if type(parent).forward is not nn.Sequential.forward:
-            continue
-        # Not named_children(), which leaves out what comes twice.
-        children = [
-            (name, child, f"{path}.{name}" if path else name)
-            for name, child in parent._modules.items()
-        ]
-        for (name, convolution, inner), (next_name, norm, outer) in pairwise(children):
-            if (
-                type(convolution) is nn.Conv2d
-                and type(norm) is nn.BatchNorm2d
-                and norm.running_mean is not None
-                and not {inner, outer} & tapped
-                and not any(map(hooked, (convolution, norm)))
-            ):
-                parent._modules[name] = fuse_conv_bn_eval(convolution, norm)
-                parent._modules[next_name] = nn.Identity()
-                found = True
-    return copied if found else network
