@@ -182,6 +182,7 @@ def test_pairs_are_of_one_size(sizes, got):
         ({"optimizer": "adam"}, "--optimizer: expected one of sgd, adamw, got 'adam'"),
         ({"method": "kd"}, "teacher: --method kd expects 1 of them, got 0"),
         ({"backend": "cuda"}, "--backend cuda: cannot run here"),
+        ({"resume": True}, "resume: expected out, the folder"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(images, settings, message):

@@ -95,6 +95,8 @@ def distill(
             f"those of the method in options={{...}}"
         )
     config = Config(method=method, student=type(student).__name__, seed=(seed,), **settings)
+    if config.resume and out is None:
+        raise InputError("resume: expected out, the folder of the run to go on with")
     made = make_method(method, config.backend, options)
     fabric, config = set_up(config)
     if isinstance(data, DataLoader):
