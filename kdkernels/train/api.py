@@ -119,12 +119,7 @@ def distill(
     with claimed(fabric, out, record, options, resume=config.resume):
         folder = out / f"seed-{seed}"
         folder.mkdir(exist_ok=True)
-        results = {
-            "seed": seed,
-            "model": config.student,
-            "parameters": sum(parameter.numel() for parameter in student.parameters()),
-            **fit(fabric, made, student, teachers, data, config, seed=seed, out=folder),
-        }
+        results = fit(fabric, made, student, teachers, data, config, seed=seed, out=folder)
     on_first(fabric, partial(checkpoint.write_json, folder / "results.json", results))
     conclude(fabric, out, {"config": record, "environment": kdkernels.info()}, [results], config)
     return results

@@ -180,12 +180,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = build_model(config.student, data.shape, len(data.classes))
-    results = {
-        "seed": seed,
-        "model": config.student,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **fit(fabric, method, model, teachers, data, config, seed=seed, out=out),
-    }
+    results = fit(fabric, method, model, teachers, data, config, seed=seed, out=out)
     made = config.student, whole(model.state_dict()), data.shape, len(data.classes)
     use = {"names": data.classes, "mean": data.mean.tolist(), "std": data.std.tolist()}
     on_first(fabric, partial(checkpoint.save_model, out / "model.safetensors", *made, **use))

@@ -182,4 +182,6 @@ def fit(
     test = measure(logits, labels, teacher_test)
     kept = partial(predictions.save, out / "test.npz", data, logits, labels, teacher_test)
     on_first(fabric, kept)
-    return results(state, test, last_accuracy) | answers.cost
+    size = sum(parameter.numel() for parameter in student.parameters())
+    about = {"seed": seed, "model": config.student, "parameters": size}
+    return about | results(state, test, last_accuracy) | answers.cost
