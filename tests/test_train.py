@@ -118,11 +118,14 @@ def test_the_clock_counts_the_losss_forward_and_backward_only():
         clock.step_starts()
         logits = Sleepy.apply(torch.ones(3, requires_grad=True), 0.04, 0.05)
         clock.loss_starts(logits)
-        Sleepy.apply(logits, 0.01, 0.02).sum().backward()
+        value = Sleepy.apply(logits, 0.01, 0.02).sum()
+        with clock.loss_paused():
+            time.sleep(0.03)
+        value.backward()
         clock.step_ends()
     step, loss = clock.read()
     assert loss == pytest.approx(2 * 0.03, abs=0.03)
-    assert step == pytest.approx(2 * 0.12, abs=0.06)
+    assert step == pytest.approx(2 * 0.15, abs=0.06)
     assert clock.read() == (0, 0)
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -35,6 +37,13 @@ class StepClock:
         """Note the loss's start now, and its end when the gradient reaches ``logits``."""
         self.losses.append(self._now())
         logits.register_hook(lambda gradient: self.losses.append(self._now()))
+
+    @contextmanager
+    def loss_paused(self) -> Iterator[None]:
+        """What is done meanwhile is not the loss's."""
+        self.losses.append(self._now())
+        yield
+        self.losses.append(self._now())
 
     def read(self) -> tuple[float, float]:
         """Seconds of the steps since the last reading, and of their losses."""

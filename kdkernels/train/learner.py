@@ -61,7 +61,10 @@ class Learner(nn.Module):
             teacher_out = self.method.teach(batch, teacher_out)
             terms = self.method.losses(batch, student_out, teacher_out)
             weights = self.method.weights(step)
-            norms = gradient_norms(terms, weights, student_out) if measured else {}
+            norms = {}
+            if measured:
+                with clock.loss_paused():
+                    norms = gradient_norms(terms, weights, student_out)
             return weighted_sum(terms, weights), terms, norms
 
 
