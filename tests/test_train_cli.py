@@ -77,6 +77,7 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
             "--method: expected one of at, ce, crd, dkd, education,",
         ),
         ("--method ce --epochs 0", "--epochs: expected a number above 0, got 0"),
+        ("--method ce --val-fraction 1", "--val-fraction: expected a number between 0 and 1, got"),
         ("--method ce --seed 1 1", "--seed: expected different numbers"),
         ("--method ce --accumulate 7", "--batch-size 64: expected a multiple of 7"),
         (

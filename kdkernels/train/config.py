@@ -142,6 +142,10 @@ class Config:
             check_range(least=0, **{name: getattr(self, name)})
         if not self.ema < 1:
             raise InputError(f"--ema: expected a number below 1, got {self.ema}")
+        if not 0 < self.val_fraction < 1:
+            raise InputError(
+                f"--val-fraction: expected a number between 0 and 1, got {self.val_fraction}"
+            )
         if self.ema and self.strategy == "fsdp":
             raise InputError("--ema: the average would be a whole model; not with --strategy fsdp")
         if self.compile and (self.method == "education" or self.strategy == "fsdp"):

@@ -54,8 +54,6 @@ def load_data(
     ``val_fraction`` of the training images. Anything but the digits is decoded into ``cache_dir``
     once.
     """
-    if not 0 < val_fraction < 1:
-        raise InputError(f"--val-fraction: expected a number between 0 and 1, got {val_fraction}")
     if name_or_path == "digits":
         decoded, test_fraction, augment = _digits(), DIGITS_TEST_FRACTION, "crop"
     else:
@@ -96,8 +94,6 @@ def from_arrays(
     images: np.ndarray, labels: np.ndarray, *, val_fraction: float, split_seed: int
 ) -> Dataset:
     """A data set of arrays in memory, with validation and test parts as :func:`load_data` draws."""
-    if not 0 < val_fraction < 1:
-        raise InputError(f"val_fraction: expected a number between 0 and 1, got {val_fraction}")
     images = arrays.checked_images(images, "data")
     labels = arrays.checked_labels(labels, len(images), "data")
     if not len(images):
