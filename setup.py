@@ -14,6 +14,7 @@ builds _native alone, for a sanitizer run.
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -73,12 +74,11 @@ def find_nvcc() -> str:
     return nvcc
 
 
-def cuda_home(nvcc: str) -> Path:
-    """As nvcc itself sees it: what is in PATH may be a script elsewhere."""
+def cuda_libraries(nvcc: str) -> list[str]:
+    """Where nvcc itself looks for them: its own folder may be a script's, or a wheel's."""
     steps = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True,
                            text=True)  # fmt: skip
-    (home,) = (line.partition("=")[2] for line in steps.stderr.splitlines() if "TOP=" in line)
-    return Path(home).resolve()
+    return re.findall(r'"-L([^"]+)"', steps.stderr)
 
 
 def cuda_extension() -> Extension:
@@ -91,7 +91,7 @@ def cuda_extension() -> Extension:
     ext.sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/torch/cuda").glob("*.cpp"))
     ext.define_macros.append(("USE_CUDA", None))  # declares the current stream
     # cudart is linked in: the binary then suits torch of any CUDA version that the driver knows.
-    ext.library_dirs.append(str(cuda_home(find_nvcc()) / "lib64"))
+    ext.library_dirs += cuda_libraries(find_nvcc())
     ext.libraries += ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
     return ext
 
@@ -176,6 +176,7 @@ class BuildKernels(build_ext):
         def compile_one(source):
             out = folder / f"{source.stem}.o"
             options = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            options.append(f"--threads={len(targets)}")  # each takes up to a minute
             command = [nvcc, *options, *targets, "-c", str(source), "-o", str(out)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
