@@ -42,11 +42,12 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that take ``backend`` and ``device`` run on every pair that works here.
+    """Tests that take ``backend`` and ``device`` run on every pair that works here for the losses.
 
-    Where they take ``any_loss`` as well, they run over the registry, with ``loss`` over those that
-    have the rowwise functions' arguments, or the module's own ``ENTRIES``; ``kernel`` in the place
-    of ``backend`` leaves out the reference.
+    These are the module's ``ENTRIES``, of one family, or else the rowwise functions. Where tests
+    take ``any_loss`` as well, they run over the registry, with ``loss`` over those that have the
+    rowwise functions' arguments, or ``ENTRIES``; ``kernel`` in the place of ``backend`` leaves out
+    the reference.
     """
     names = metafunc.fixturenames
     for name in ("loss", "any_loss"):
@@ -57,7 +58,7 @@ def pytest_generate_tests(metafunc):
     for name in ("backend", "kernel"):
         if not {name, "device"} <= set(names):
             continue
-        # One loss of the registry speaks for its family; there is one family so far.
+        speaker = getattr(metafunc.module, "ENTRIES", [LOSSES["kl_div"]])[0]
         places = [
             pytest.param(
                 backend,
@@ -66,7 +67,7 @@ def pytest_generate_tests(metafunc):
                 marks=[pytest.mark.gpu] if device == "cuda" else [],
             )
             for device in DEVICES
-            for backend in LOSSES["kl_div"].backends(device)
+            for backend in speaker.backends(device)
             if name == "backend" or backend != "reference"
         ]
         metafunc.parametrize((name, "device"), places)

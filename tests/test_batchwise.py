@@ -13,8 +13,8 @@ from interpreter import INTERPRETED, assert_passes_interpreted
 from kdkernels import functional as kd
 from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves, relative_errors
 
-FAMILY = [loss for loss in LOSSES.values() if loss.family.startswith("batchwise.")]
-BACKENDS = FAMILY[0].backends("cpu")
+ENTRIES = [loss for loss in LOSSES.values() if loss.family.startswith("batchwise.")]
+BACKENDS = ENTRIES[0].backends("cpu")
 KERNELS = [backend for backend in BACKENDS if backend != "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIDES = ("student", "teacher")
@@ -41,7 +41,7 @@ if not INTERPRETED:
         assert_passes_interpreted(__file__, chosen=chosen)
 
 
-losses = pytest.mark.parametrize("entry", FAMILY, ids=lambda loss: loss.name)
+losses = pytest.mark.parametrize("entry", ENTRIES, ids=lambda loss: loss.name)
 on_every = pytest.mark.parametrize("where", BACKENDS)
 on_kernels = pytest.mark.parametrize("where", KERNELS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from kdkernels import functional as kd
 from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves
 
-ENSEMBLE = [loss for loss in LOSSES.values() if loss.family == "ensemble"]
+ENTRIES = [loss for loss in LOSSES.values() if loss.family == "ensemble"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-losses = pytest.mark.parametrize("entry", ENSEMBLE, ids=lambda loss: loss.name)
+losses = pytest.mark.parametrize("entry", ENTRIES, ids=lambda loss: loss.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 forms = pytest.mark.parametrize("form", ["sum", "mixture"])
 
@@ -81,7 +81,7 @@ def _as_kl(student, teachers, weights, form, **options):
 @pytest.mark.parametrize("off", ["nobody", "all", "teacher", "student"])
 def test_is_kl_div(form, off, backend, device):
     """With -inf on no, all, one teacher's and the student's side; +inf in that row alone."""
-    x = ENSEMBLE[0].inputs(4, 30, dtype=torch.float64, device=device)
+    x = ENTRIES[0].inputs(4, 30, dtype=torch.float64, device=device)
     student, teachers = x["student"], x["teachers"]
     if off in ("student", "all"):
         student[1, 7] = -math.inf
@@ -158,7 +158,7 @@ def test_ranges_and_z_scores_are_rowwise(form, options, narrow, backend, device)
 @dtypes
 def test_standardized_teachers(dtype, backend, device):
     """The sum of each one's kl_div; without weight, whatever a teacher holds."""
-    x = ENSEMBLE[0].inputs(4, 30, dtype=dtype, device=device)
+    x = ENTRIES[0].inputs(4, 30, dtype=dtype, device=device)
     x["teachers"][1] = math.nan
     weights = torch.tensor([0.3, 0.0, 2.0], dtype=x["teachers"].dtype, device=device)
     options = {"temperature": 2.0, "standardize": True, "class_range": (3, 25)}
@@ -179,7 +179,7 @@ def test_standardized_teachers(dtype, backend, device):
 
 
 def test_cross_entropy_is_torchs(backend, device):
-    x = ENSEMBLE[0].inputs(6, 30, dtype=torch.float64, device=device)
+    x = ENTRIES[0].inputs(6, 30, dtype=torch.float64, device=device)
     for labels in (torch.randint(30, (6,)), torch.rand(6, 30, dtype=torch.float64).softmax(-1)):
         labels = labels.to(device)
         value = kd.multi_teacher_kl_div(
@@ -192,7 +192,7 @@ def test_cross_entropy_is_torchs(backend, device):
 
 def test_dgkd(backend, device):
     """CE once, and each kept teacher's divergence averaged over classes too."""
-    x = ENSEMBLE[0].inputs(6, 30, dtype=torch.float64, device=device)
+    x = ENTRIES[0].inputs(6, 30, dtype=torch.float64, device=device)
     labels = torch.randint(30, (6,), device=device)
     kept = torch.tensor([1.0, 0.0, 1.0], device=device)
     value = kd.multi_teacher_kl_div(
@@ -211,7 +211,7 @@ def test_dgkd(backend, device):
 @pytest.mark.parametrize("reduction", ["none", "sum", "batchmean", "mean"])
 def test_okddip(form, reduction, backend, device):
     """Its target is the softmax + 1e-7, whatever else is asked for."""
-    x = ENSEMBLE[0].inputs(4, 30, dtype=torch.float64, device=device, optional=True)
+    x = ENTRIES[0].inputs(4, 30, dtype=torch.float64, device=device, optional=True)
     mask = torch.tensor([True, False, True, True], device=device)
     value = kd.multi_teacher_kl_div(
         **x, mask=mask, form=form, reduction=reduction, compat="okddip", backend=backend

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_ensemble import ENSEMBLE, forms, losses
+from test_ensemble import ENTRIES, forms, losses
 
 from kdkernels import functional as kd
 from kdkernels import modules
@@ -29,7 +29,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts(form, layout, dtype, backend, device):
-    base = ENSEMBLE[0].inputs(6, 9, 40, dtype=dtype, device=device)
+    base = ENTRIES[0].inputs(6, 9, 40, dtype=dtype, device=device)
     x = {name: LAYOUTS[layout](t) for name, t in base.items()}
     options = {"form": form, "reduction": "none", "backend": backend}
     expected = kd.multi_teacher_kl_div(**{n: t.contiguous() for n, t in x.items()}, **options)
@@ -40,7 +40,7 @@ def test_layouts(form, layout, dtype, backend, device):
 
 
 def test_a_sequence_gets_its_gradients_apart(backend, device):
-    x = ENSEMBLE[0].inputs(6, 40, device=device, requires_grad=True)
+    x = ENTRIES[0].inputs(6, 40, device=device, requires_grad=True)
     stacked = gradients(kd.multi_teacher_kl_div(**x, backend=backend), x)["teachers"]
     teachers = [t.detach().clone().requires_grad_(i != 1) for i, t in enumerate(x["teachers"])]
     value = kd.multi_teacher_kl_div(x["student"], teachers, backend=backend)
@@ -49,7 +49,7 @@ def test_a_sequence_gets_its_gradients_apart(backend, device):
 
 
 def test_fp16_gradients_survive_scaling(backend, device):
-    x = ENSEMBLE[0].inputs(512, 1000, dtype=torch.float16, device=device, requires_grad=True)
+    x = ENTRIES[0].inputs(512, 1000, dtype=torch.float16, device=device, requires_grad=True)
     scale = 2.0**14
     value = kd.multi_teacher_kl_div(**x, temperature=2.0, backend=backend) * scale
     exact = leaves(x, torch.float64)
@@ -61,7 +61,7 @@ def test_fp16_gradients_survive_scaling(backend, device):
 
 
 def test_backward_of_a_kept_graph_repeats(backend, device):
-    x = ENSEMBLE[0].inputs(4, 33, device=device, requires_grad=True)
+    x = ENTRIES[0].inputs(4, 33, device=device, requires_grad=True)
     value = kd.multi_teacher_kl_div(**x, backend=backend)
     two = torch.tensor(2.0, device=device)
     first = torch.autograd.grad(value, list(x.values()), two, retain_graph=True)
@@ -70,7 +70,7 @@ def test_backward_of_a_kept_graph_repeats(backend, device):
 
 
 def test_second_order_needs_the_reference(kernel, device):
-    x = ENSEMBLE[0].inputs(4, 33, device=device, requires_grad=True)
+    x = ENTRIES[0].inputs(4, 33, device=device, requires_grad=True)
     value = kd.multi_teacher_kl_div(**x, backend=kernel)
     with pytest.raises(RuntimeError, match=r'^multi_teacher_kl_div: .*backend="reference"'):
         torch.autograd.grad(value, x["student"], create_graph=True)
@@ -179,7 +179,7 @@ def test_bad_calls(case, backend, device):
 
 
 def test_module(backend, device):
-    x = ENSEMBLE[0].inputs(5, 30, device=device)
+    x = ENTRIES[0].inputs(5, 30, device=device)
     weights = torch.nn.Parameter(torch.tensor([0.2, 0.3, 0.5], device=device))
     module = modules.MultiTeacherKLDivLoss(weights=weights, temperature=3.0, backend=backend)
     value = module(**x)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_ensemble import ENSEMBLE, forms
+from test_ensemble import ENTRIES, forms
 
 from kdkernels import functional as kd
 from kdkernels.testing import gradients, leaves
@@ -17,7 +17,7 @@ from kdkernels.testing import gradients, leaves
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_teacher_without_weight_is_not_looked_at(form, bad, by_row, backend, device):
-    x = ENSEMBLE[0].inputs(4, 30, device=device)
+    x = ENTRIES[0].inputs(4, 30, device=device)
     student, teachers = x["student"].requires_grad_(), x["teachers"]
     weights = torch.tensor([1.0, 0.0, 3.0], device=device)
     options = {"form": form, "backend": backend}
@@ -39,7 +39,7 @@ def test_a_teacher_without_weight_is_not_looked_at(form, bad, by_row, backend, d
 
 @forms
 def test_a_weight_of_zero_has_a_gradient(form, backend, device):
-    x = ENSEMBLE[0].inputs(4, 30, dtype=torch.float64, device=device)
+    x = ENTRIES[0].inputs(4, 30, dtype=torch.float64, device=device)
     weights = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64, device=device, requires_grad=True)
 
     def loss(w):
@@ -53,7 +53,7 @@ def test_a_weight_of_zero_has_a_gradient(form, backend, device):
 
 @forms
 def test_masked_rows_are_not_read(form, backend, device):
-    x = ENSEMBLE[0].inputs(3, 30, device=device, optional=True, requires_grad=True)
+    x = ENTRIES[0].inputs(3, 30, device=device, optional=True, requires_grad=True)
     mask = torch.tensor([True, False, True], device=device)
     options = {"mask": mask, "form": form, "backend": backend}
     expected = kd.multi_teacher_kl_div(**x, **options)
@@ -70,7 +70,7 @@ def test_masked_rows_are_not_read(form, backend, device):
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("side", ["student", "teachers"])
 def test_bad_logits_stay_in_their_row(form, side, bad, backend, device):
-    x = ENSEMBLE[0].inputs(4, 30, device=device, requires_grad=True)
+    x = ENTRIES[0].inputs(4, 30, device=device, requires_grad=True)
     with torch.no_grad():
         x[side].select(-2, 1)[..., 7] = bad
     rows = kd.multi_teacher_kl_div(**x, form=form, reduction="none", backend=backend)
@@ -100,7 +100,7 @@ def test_saturated_rows(form, dtype, backend, device):
 
 def test_no_rows(backend, device):
     for reduction in ("none", "mean"):
-        x = ENSEMBLE[0].inputs(0, 10, device=device, optional=True, requires_grad=True)
+        x = ENTRIES[0].inputs(0, 10, device=device, optional=True, requires_grad=True)
         value = kd.multi_teacher_kl_div(**x, reduction=reduction, backend=backend)
         assert value.shape == ((0,) if reduction == "none" else ()) and not value.any()
         for name, gradient in gradients(value, x).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_ensemble import dtypes, forms
+from test_ensemble import ENTRIES, dtypes, forms  # noqa: F401
 
 from kdkernels import functional as kd
 from kdkernels.testing import LOSSES, gradients, leaves

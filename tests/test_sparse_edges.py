@@ -7,7 +7,15 @@ import math
 
 import pytest
 import torch
-from test_sparse import KINDS, bucketed, close, dense, kinds, missings
+from test_sparse import (  # noqa: F401
+    ENTRIES,
+    KINDS,
+    bucketed,
+    close,
+    dense,
+    kinds,
+    missings,
+)
 
 from kdkernels import functional as kd
 from kdkernels.testing import gradients, leaves
