@@ -228,6 +228,24 @@ def test_rows_that_fp32_does_not_hold(module, kind, classes):
     assert torch.isinf(got[1]) == (kind == "reverse_kl")
 
 
+def test_few_such_rows_among_many(module):
+    """A warp looks for them among 32 rows at a time."""
+    student, teacher = logits(300, 10)
+    student[[3, 130, 131, 299]] *= 1e3
+    _, _, plan = check(module, student, teacher)
+    assert plan["inexact"] == 4 and plan["groups"] == 8
+
+
+def test_shared_memory_of_several_blocks(module):
+    """A block is given what leaves the others as much, with what is reserved for each."""
+    student, teacher = logits(1, 1000)
+    *_, plan = simulate(module, student, teacher, gradient=False)
+    for reserved, cluster in ((0, 1), (16, 2)):
+        module.set_device(90, 2, plan["shared_bytes"], 2 * plan["shared_bytes"], reserved)
+        *_, spread = simulate(module, student, teacher, gradient=False)
+        assert spread["cluster"] == cluster
+
+
 def test_nan_stays_in_its_row(module):
     student, teacher = logits(4, 30)
     student[1, 3], teacher[2] = float("nan"), -INF

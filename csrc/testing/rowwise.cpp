@@ -61,8 +61,10 @@ py::dict rowwise(const py::array& student, const py::array& teacher, std::vector
   return plan;
 }
 
-void set_device(int capability, int multiprocessors, size_t shared_bytes) {
-  cuda::simt::settings.properties = {capability, multiprocessors, shared_bytes};
+void set_device(int capability, int multiprocessors, size_t shared_bytes, size_t shared_in_all,
+                size_t shared_reserved) {
+  cuda::simt::settings.properties = {capability, multiprocessors, shared_bytes,
+                                     shared_in_all ? shared_in_all : shared_bytes, shared_reserved};
 }
 void set_limits(int64_t warp, int64_t narrow, int threads, int warps, int slot_chunks) {
   cuda::limits = {warp, narrow, threads, warps, slot_chunks};
@@ -73,6 +75,7 @@ void set_limits(int64_t warp, int64_t narrow, int threads, int warps, int slot_c
 
 PYBIND11_MODULE(simulated_rowwise, m) {
   m.def("rowwise", &kd::python::rowwise);
-  m.def("set_device", &kd::python::set_device);
+  m.def("set_device", &kd::python::set_device, py::arg("capability"), py::arg("multiprocessors"),
+        py::arg("shared_bytes"), py::arg("shared_in_all") = 0, py::arg("shared_reserved") = 0);
   m.def("set_limits", &kd::python::set_limits);
 }

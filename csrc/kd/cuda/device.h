@@ -6,8 +6,10 @@
 //   KD_KERNEL(threads, blocks) void f(KD_PARAM P p)   a kernel: at most `threads` a block, at least
 //                           `blocks` resident on a multiprocessor
 //   KD_DEVICE, KD_BOTH      functions on the device, on both sides
-//   KD_UNROLL               before a loop whose steps are written out, as what they index is in registers
+//   KD_UNROLL               before a loop whose steps are written out: they index registers
 //   launch(f, Launch{...}, args...)     enqueues it, throws std::runtime_error; properties()
+//   resident(f, Launch{...})            how many of its blocks the device holds at once, which for
+//                                       clusters may be fewer than all multiprocessors have room for
 //
 //   thread_index() block_threads() block_index() grid_blocks() lane_index() warp_index()
 //   cluster_rank() cluster_size()       blocks of a cluster have consecutive indices
@@ -43,8 +45,8 @@
 //   exp2_approx(x) log2_approx(x)       relative error 2^-22, but log2 absolute between 1/2 and 2;
 //   reciprocal_approx(x)                one unit in the last place. All flush subnormals to zero
 //
-// has_clusters: whether this code is compiled for sm_90 and later, which clusters, barriers,
-// copy_async and send_async need. A kernel that uses them has an empty body elsewhere.
+// Clusters, barriers, copy_async and send_async need sm_90. For earlier devices they compile to
+// nothing, and no thread may come to them there.
 #pragma once
 #include "types.h"
 

@@ -3,8 +3,10 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 
 #define KD_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
@@ -17,10 +19,8 @@ namespace kd::cuda {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define KD_SM90 1
-constexpr bool has_clusters = true;
 #else
 #define KD_SM90 0
-constexpr bool has_clusters = false;
 #endif
 
 // Indices.
@@ -362,12 +362,17 @@ inline void check(cudaError_t status, const char* what) {
     throw std::runtime_error(std::string("kdkernels: ") + what + ": " + cudaGetErrorString(status));
 }
 
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "which device");
+  return device;
+}
+
 // Of the current device; asked for once, since the queries cost as much as a launch.
 inline const Properties& properties() {
   constexpr int most = 64;
   static Properties known[most] = {};
-  int device = 0;
-  check(cudaGetDevice(&device), "which device");
+  const int device = current_device();
   Properties& p = known[device % most];
   if (p.capability == 0) {
     const auto ask = [&](cudaDeviceAttr attribute) {
@@ -377,29 +382,62 @@ inline const Properties& properties() {
     };
     p.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
     p.shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    p.shared_in_all = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    p.shared_reserved = ask(cudaDevAttrReservedSharedMemoryPerBlock);
     p.capability =
         10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
   }
   return p;
 }
 
+// A launch as CUDA takes it, of a kernel that may ask for as much shared memory as there is.
+struct Config : cudaLaunchConfig_t {
+  cudaLaunchAttribute cluster;
+
+  Config(const void* kernel, const Launch& how) : cudaLaunchConfig_t{} {
+    if (how.shared_bytes > 48 * 1024)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 (int)properties().shared_bytes),
+            how.name);
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {(unsigned)how.cluster, 1, 1};
+    gridDim = dim3((unsigned)how.blocks);
+    blockDim = dim3((unsigned)how.threads);
+    dynamicSmemBytes = how.shared_bytes;
+    stream = (cudaStream_t)how.stream;
+    attrs = &cluster;
+    numAttrs = how.cluster > 1;
+  }
+  Config(const Config&) = delete;
+};
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& how, const Arguments&... arguments) {
-  if (how.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               (int)how.shared_bytes),
-          how.name);
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {(unsigned)how.cluster, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)how.blocks);
-  config.blockDim = dim3((unsigned)how.threads);
-  config.dynamicSmemBytes = how.shared_bytes;
-  config.stream = (cudaStream_t)how.stream;
-  config.attrs = &cluster;
-  config.numAttrs = how.cluster > 1;
+  const Config config((const void*)kernel, how);
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), how.name);
+}
+
+// Asked for once, as properties().
+template <class... Parameters>
+int64_t resident(void (*kernel)(Parameters...), const Launch& how) {
+  using Layout = std::tuple<int, const void*, int, int, size_t>;
+  thread_local std::map<Layout, int64_t> known;
+  const void* function = (const void*)kernel;
+  const Layout layout(current_device(), function, how.threads, how.cluster, how.shared_bytes);
+  const auto found = known.find(layout);
+  if (found != known.end()) return found->second;
+  const Config config(function, how);
+  int n = 0;
+  if (how.cluster > 1) {
+    check(cudaOccupancyMaxActiveClusters(&n, function, &config), how.name);
+    n *= how.cluster;
+  } else {
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, function, how.threads,
+                                                        how.shared_bytes),
+          how.name);
+    n *= properties().multiprocessors;
+  }
+  return known[layout] = n;
 }
 
 }  // namespace kd::cuda

@@ -41,15 +41,15 @@ struct RowwiseCall : RowwiseParams {
   }
 };
 
-// Whether a loss of the family has this divergence with this target: DKD forward KL, and NKD, ATS and
-// WSLD the cross-entropy. There is no kernel for others.
+// Whether a loss of the family has this divergence with this target: DKD forward KL, and NKD, ATS
+// and WSLD the cross-entropy. There is no kernel for others.
 KD_ANYWHERE constexpr bool belongs(Target target, Kind kind) {
   if (target == Target::ordinary) return true;
   return target == Target::decoupled ? kind == Kind::forward_kl : kind == Kind::cross_entropy;
 }
 void plan(RowwiseCall& call);
-// On `stream`, a cudaStream_t, of the current device: two launches, and in double or where there are
-// many rows to be counted three.
+// On `stream`, a cudaStream_t, of the current device: two launches, and where there are many rows to
+// be counted three.
 void rowwise(const RowwiseCall& call, void* stream);
 
 }  // namespace kd::cuda

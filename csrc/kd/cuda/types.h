@@ -28,6 +28,13 @@ struct Properties {
   int capability;  // 90 for sm_90
   int multiprocessors;
   size_t shared_bytes;  // that a block may ask for
+  // Of all blocks of a multiprocessor together, each of which has some more reserved for it.
+  size_t shared_in_all = shared_bytes, shared_reserved = 0;
+
+  // Whether so many blocks of a multiprocessor may ask for so much each.
+  bool has_shared(int blocks, size_t bytes) const {
+    return bytes <= shared_bytes && blocks * (bytes + shared_reserved) <= shared_in_all;
+  }
 };
 
 constexpr int warp_threads = 32;

@@ -17,8 +17,6 @@
 
 namespace kd::cuda {
 
-constexpr bool has_clusters = true;
-
 // Indices.
 
 inline int thread_index() { return simt::here().index; }
@@ -325,6 +323,12 @@ inline float reciprocal_approx(float x) { return 1 / x; }
 // Host.
 
 inline const Properties& properties() { return simt::settings.properties; }
+
+template <class... Parameters>
+int64_t resident(void (*)(Parameters...), const Launch& how) {
+  const int clusters = 2 * properties().multiprocessors / how.cluster;
+  return (clusters > 1 ? clusters : 1) * how.cluster;
+}
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& how, const Arguments&... arguments) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels of the single divergences (rowwise.cu) and their launch share.
+// What the kernels of the single divergences (rowwise.h) and their launch share.
 #pragma once
 #include "../device.h"
 #include "../group.h"
@@ -45,7 +45,8 @@ struct SlotMemory {
       : student_size(halves(p, p.student)),
         teacher_size(halves(p, looks_at_teacher(p) ? p.teacher : p.student)),
         student(memory.take<uint16_t>((p.slots ? p.slots : 1) * student_size)),
-        teacher(memory.take<uint16_t>((p.slots ? p.slots : 1) * teacher_size)), full(memory.barriers(p.slots)) {}
+        teacher(memory.take<uint16_t>((p.slots ? p.slots : 1) * teacher_size)),
+        full(memory.barriers(p.slots)) {}
 
   KD_DEVICE Shared<uint16_t> student_slot(int slot) const {
     return student.slice(slot * student_size, student_size);

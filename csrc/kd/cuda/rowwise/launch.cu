@@ -6,7 +6,11 @@
 
 namespace kd::cuda {
 
-#define KD_DECLARE(name, K) namespace name { void rowwise(const RowwiseCall& p, void* stream); }
+#define KD_DECLARE(name, K)                           \
+  namespace name {                                    \
+  int64_t resident(const RowwiseCall& p);             \
+  void rowwise(const RowwiseCall& p, void* stream);   \
+  }
 KD_DIVERGENCES(KD_DECLARE)
 #undef KD_DECLARE
 
@@ -37,6 +41,17 @@ void spread(RowwiseCall& p, int64_t chunks, int cluster) {
   p.shared_bytes = memory.bytes();
 }
 
+// Blocks that the device holds at once. With more, some would begin when others have done all.
+int64_t resident(const RowwiseCall& p) {
+  switch (p.kind) {
+#define KD_CASE(name, K) \
+  case Kind::name: return name::resident(p);
+    KD_DIVERGENCES(KD_CASE)
+#undef KD_CASE
+    default: return p.cluster;
+  }
+}
+
 }  // namespace
 
 void plan(RowwiseCall& p) {
@@ -58,18 +73,14 @@ void plan(RowwiseCall& p) {
     // As many blocks a multiprocessor as its registers hold, or as many as it takes.
     for (int cluster = 1; cluster <= 8; cluster *= 2) {
       spread(p, chunks, cluster);
-      if (p.shared_bytes <= device.shared_bytes / at_once(scope, p.narrow)) break;
+      if (device.has_shared(at_once(scope, p.narrow), p.shared_bytes)) break;
     }
-    if (p.shared_bytes > device.shared_bytes) spread(p, 0, 1);
+    if (!device.has_shared(1, p.shared_bytes) || !resident(p)) spread(p, 0, 1);
   }
   const int64_t groups_a_block = p.one_warp ? p.threads / warp_threads : 1;
   const int64_t blocks = (p.rows + groups_a_block - 1) / groups_a_block;
   const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b > 0 ? b : 1; };
-  const int at_most_threads = at_once(scope, p.narrow) * most_threads;
-  const int64_t resident =
-      (int64_t)device.multiprocessors *
-      (p.slots ? at_once(scope, p.narrow) : at_most_threads / p.threads);
-  p.blocks = at_most(blocks, resident / p.cluster) * p.cluster;
+  p.blocks = at_most(blocks, resident(p) / p.cluster) * p.cluster;
   p.double_blocks = at_most(blocks, device.multiprocessors * (p.in_double() ? 8 : 2));
   p.groups = p.blocks / p.cluster * groups_a_block;
   p.double_groups = p.double_blocks * groups_a_block;

@@ -101,6 +101,18 @@ KD_DEVICE int64_t skip_rows(const RowwiseCall& p, const Group& group, int64_t ro
   return row;
 }
 
+// The first row that is marked as inexact, likewise; each lane looks at one of the next rows.
+KD_DEVICE int64_t next_inexact(const RowwiseCall& p, int64_t row, int64_t step) {
+  for (; row < p.rows; row += warp_threads * step) {
+    const int64_t own = row + lane_index() * step;
+    uint32_t marked = vote_bits(own < p.rows && p.inexact[own]);
+    if (!marked) continue;
+    for (; !(marked & 1); marked >>= 1) row += step;
+    break;
+  }
+  return row;
+}
+
 // `narrow`: each thread has its part of a row in registers.
 template <Scope scope, bool narrow>
 KD_KERNEL(most_threads, at_once(scope, narrow)) void in_single(KD_PARAM RowwiseCall given) {
@@ -146,10 +158,11 @@ KD_KERNEL(most_threads, 1) void in_double(KD_PARAM RowwiseCall given) {
   const int64_t own = number_of(group);
   const double factor = factor_of(p, group);
   double total = 0;
-  const bool all = p.in_double();
-  for (int64_t row = own; row < p.rows; row += p.double_groups) {
-    if (all) row = skip_rows(p, group, row, p.double_groups);
-    if (row >= p.rows || !(all || p.inexact[row])) continue;
+  const auto next = [&](int64_t row) {
+    return p.in_double() ? skip_rows(p, group, row, p.double_groups)
+                         : next_inexact(p, row, p.double_groups);
+  };
+  for (int64_t row = next(own); row < p.rows; row = next(row + p.double_groups)) {
     Row<double> r(p, row, factor, group, slots, total);
     const double tau_s = get(p.tau_s, row), tau_t = get(p.tau_t, row);
     start(r, tau_s, tau_t);
@@ -160,25 +173,36 @@ KD_KERNEL(most_threads, 1) void in_double(KD_PARAM RowwiseCall given) {
   if (is_last_block(p.finished, last)) add_up(p, factor, group.partial);
 }
 
-// In double, where targets and all else have one kernel.
+struct Kernels {
+  void (*in_single)(RowwiseCall);
+  void (*in_double)(RowwiseCall);
+};
 template <Scope scope>
-void launch_both(const RowwiseCall& p, void* stream) {
+Kernels kernels(bool narrow) {
+  // In double targets and all else have one kernel.
   constexpr Scope rare = scope == Scope::ordinary ? scope : Scope::any;
-  if (!p.in_double())
-    launch(p.narrow ? in_single<scope, scope != Scope::any> : in_single<scope, false>,
-           {"rowwise", p.blocks, p.threads, p.cluster, p.shared_bytes, stream}, p);
-  launch(in_double<rare>,
-         {"rowwise in double", p.double_blocks, p.threads, 1, p.double_bytes, stream}, p);
+  return {narrow ? in_single<scope, scope != Scope::any> : in_single<scope, false>, in_double<rare>};
 }
-
-void rowwise(const RowwiseCall& p, void* stream) {
+Kernels kernels_of(const RowwiseCall& p) {
   constexpr Kind kind = Kind::KD_KIND;
   const Scope scope = scope_of(p);
   if constexpr (kind != Kind::cross_entropy)  // which every loss has with a target
-    if (scope == Scope::ordinary) return launch_both<Scope::ordinary>(p, stream);
+    if (scope == Scope::ordinary) return kernels<Scope::ordinary>(p.narrow);
   if constexpr (kind == Kind::forward_kl || kind == Kind::cross_entropy)
-    if (scope != Scope::any) return launch_both<Scope::target>(p, stream);
-  launch_both<Scope::any>(p, stream);
+    if (scope != Scope::any) return kernels<Scope::target>(p.narrow);
+  return kernels<Scope::any>(p.narrow);
+}
+
+Launch launch_of(const RowwiseCall& p, int64_t blocks, void* stream) {
+  return {"rowwise", blocks, p.threads, p.cluster, p.shared_bytes, stream};
+}
+int64_t resident(const RowwiseCall& p) {
+  return cuda::resident(kernels_of(p).in_single, launch_of(p, p.cluster, nullptr));
+}
+void rowwise(const RowwiseCall& p, void* stream) {
+  const Kernels own = kernels_of(p);
+  if (!p.in_double()) launch(own.in_single, launch_of(p, p.blocks, stream), p);
+  launch(own.in_double, {"rowwise in double", p.double_blocks, p.threads, 1, p.double_bytes, stream}, p);
 }
 
 }  // namespace KD_KIND
