@@ -84,6 +84,8 @@ void cluster() {
   launch(cluster_kernel, Launch{"cluster", 16, 64, 8, 256}, out);
   const std::vector<int> is = out.read();
   for (int i = 0; i < 16 * 64; i++) expect_equal(is[i], 28000 + 8 * (63 - i % 64), "sum");
+  const int64_t at_once = resident(cluster_kernel, Launch{"cluster", 8, 64, 8, 256});
+  expect(at_once >= 8 && at_once % 8 == 0, "whole clusters at once");
 }
 
 // One thread copies pieces into a ring of two, the others sum them.
