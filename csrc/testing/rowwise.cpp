@@ -75,7 +75,8 @@ void set_limits(int64_t warp, int64_t narrow, int threads, int warps, int slot_c
 
 PYBIND11_MODULE(simulated_rowwise, m) {
   m.def("rowwise", &kd::python::rowwise);
-  m.def("set_device", &kd::python::set_device, py::arg("capability"), py::arg("multiprocessors"),
-        py::arg("shared_bytes"), py::arg("shared_in_all") = 0, py::arg("shared_reserved") = 0);
+  using pybind11::arg;
+  m.def("set_device", &kd::python::set_device, arg("capability"), arg("multiprocessors"),
+        arg("shared_bytes"), arg("shared_in_all") = 0, arg("shared_reserved") = 0);
   m.def("set_limits", &kd::python::set_limits);
 }
