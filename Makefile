@@ -31,7 +31,7 @@ test: install
 	$(BIN)/python -m pytest -n auto --durations=10 $(PYTEST_ARGS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "slow and not gpu" $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
