@@ -126,6 +126,7 @@ inline bool sort_by_tile(const CrdParams& p, int64_t i, int bits, int64_t tiles)
 
 template <class S>
 void contrast(const CrdParams& p, int64_t begin, int64_t end) {
+  if (begin == end) return;  // a thread may be given nothing
   const int bits = crd_tile_bits(p);
   const int64_t tiles = crd_tiles(p), padded = crd_padded(p);
   const double expected = (double)p.negatives / p.bank_rows, c = expected + p.eps;
