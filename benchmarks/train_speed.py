@@ -5,8 +5,9 @@ python benchmarks/train_speed.py [--device cuda] [--rounds 3] [--part loops | me
 
 A round trains every contender from the same weights, the round's own, for the same few steps, one
 after the other, every other round in reverse; ratios are taken within a round, and their median
-over rounds counts. Rounds are added to the result of the day if that was made with the same
-settings. Methods run at the precision the trainer chooses by itself, unless told otherwise.
+over rounds counts. Rounds are added to the result of the day, which must have been made
+with the same settings at the same commit. Methods run at the precision the trainer chooses by
+itself, unless told otherwise.
 
 So few steps teach nothing. That contenders learn alike is shown apart, by whole trainings of a
 small student (``PROTOCOL``, written down before it was run) with seeds 0, 1 and 2.
@@ -170,8 +171,12 @@ class Bench:
         if self.path.exists():
             before = json.loads(self.path.read_text())
             same = ("settings", "commit", "threads")
-            if all(before["environment"][name] == now[name] for name in same):
-                self.result = before
+            if any(before["environment"][name] != now[name] for name in same):
+                raise SystemExit(
+                    f"{self.path}: is of other settings or of another commit; move it away, or "
+                    "give another --output"
+                )
+            self.result = before
 
     def train_teacher(self, name: str, steps: int) -> nn.Module:
         """A teacher that has learned for some steps, from the folder for later if it is there."""
