@@ -67,3 +67,7 @@ def test_every_contender_runs_on_the_stand_in(tmp_path):
     assert all(len(runs) == 3 for runs in result["accuracy"]["runs"].values())
     table = path.with_suffix(".md").read_text()
     assert "| crd, " in table and "Whole trainings" in table
+    other = command.replace("--steps 12", "--steps 13").split()
+    refused = subprocess.run(other, cwd=BENCHMARKS, env=environment, stderr=subprocess.PIPE)
+    assert refused.returncode == 1 and b"is of other settings" in refused.stderr
+    assert json.loads(path.read_text()) == result
