@@ -204,8 +204,10 @@ def test_semckd_learns_from_each_stage_as_attention_says():
     assert sharp.attention(student, teacher).amax(-1).min() > 0.9
     with pytest.raises(ValueError, match="student must be 2 stages, got 1"):
         module(student[:1], teacher)
-    with pytest.raises(ValueError, match=r"maps of shape \(8, C, H, W\), got \(7, 3, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"maps of shape \(8, 3, H, W\), got \(7, 3, 6, 6\)"):
         module([x[:7] for x in student], [x[:7] for x in teacher])
+    with pytest.raises(ValueError, match=r"teacher must be maps of shape \(8, 5, H, W\)"):
+        module(student, teacher[::-1])
     for wrong, what in (({"factor": 9}, "factor"), ({"soft": 0.0}, "soft must be positive")):
         with pytest.raises(ValueError, match=what):
             modules.SemCKDLoss([3], [5], batch_size=8, **wrong)

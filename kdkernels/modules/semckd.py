@@ -106,6 +106,7 @@ class SemCKDLoss(nn.Module):
             raise ValueError(f"{name}: factor must be in [1, {batch_size}], got {factor}.")
         if not checks.number(name, "soft", soft) > 0:
             raise ValueError(f"{name}: soft must be positive, got {soft}.")
+        self.channels = {"student": list(student_channels), "teacher": list(teacher_channels)}
         counts = len(student_channels), len(teacher_channels)
         self.attention = StageAttention(*counts, batch_size, factor, soft)
         self.projections = nn.ModuleList(
@@ -126,17 +127,17 @@ class SemCKDLoss(nn.Module):
 
     def _check(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
         name = type(self).__name__
-        for argument, stages, count in (
-            ("student", student, len(self.attention.queries)),
-            ("teacher", teacher, len(self.attention.keys)),
-        ):
-            if len(stages) != count:
-                raise ValueError(f"{name}: {argument} must be {count} stages, got {len(stages)}.")
-            for x in stages:
-                if x.dim() != 4 or len(x) != self.batch_size:
+        for argument, stages in (("student", student), ("teacher", teacher)):
+            channels = self.channels[argument]
+            if len(stages) != len(channels):
+                raise ValueError(
+                    f"{name}: {argument} must be {len(channels)} stages, got {len(stages)}."
+                )
+            for x, count in zip(stages, channels, strict=True):
+                if x.dim() != 4 or x.shape[:2] != (self.batch_size, count):
                     raise ValueError(
-                        f"{name}: {argument} must be maps of shape ({self.batch_size}, C, H, W), "
-                        f"got {tuple(x.shape)}."
+                        f"{name}: {argument} must be maps of shape ({self.batch_size}, {count}, "
+                        f"H, W), got {tuple(x.shape)}."
                     )
 
 
