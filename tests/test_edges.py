@@ -103,6 +103,20 @@ def test_masked_rows_are_not_read(loss, bad, backend, device):
         assert gradient.isfinite().all() and not gradient[1].any(), name
 
 
+def test_ignored_rows_teach_nothing(loss, backend, device):
+    """Logits, temperatures and weights learned at once; labels that are no class, NaN weights."""
+    inputs = loss.inputs(3, 30, device=device, optional=True)
+    ignored = torch.tensor([False, True, False], device=device)
+    if "labels" in inputs:
+        inputs["labels"][ignored] = -100
+    else:
+        inputs["mask"] = ~ignored
+    inputs["row_weight"][ignored] = math.nan
+    inputs |= {name: inputs[name].requires_grad_() for name in loss.differentiable}
+    for name, gradient in gradients(loss(inputs, backend=backend), inputs).items():
+        assert gradient.isfinite().all() and not gradient[1].any(), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_saturated_rows(loss, dtype, backend, device):
     """|logits| of 1e4: softmaxes that are one-hot, and the same or different ones."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdkernels.divergences import Choices, Numbers
 from kdkernels.ops.ensemble import compute_dtype
-from kdkernels.reference.rows import counted, reduced, squared, temperatures
+from kdkernels.reference.rows import counted, reduced, squared, temperatures, weighted
 from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, divergence, phi
 from kdkernels.reference.rowwise.target import cross_entropy
 
@@ -62,7 +62,7 @@ def ensemble(
     choices: Choices,
 ) -> Tensor:
     """The family's reference; see ``kdkernels.functional.ensemble`` for what it computes."""
-    labels, row_weight = given.labels, given.row_weight
+    labels = given.labels
     leading, classes = student.shape[:-1], student.shape[-1]
     dtype = compute_dtype(student, teachers)
     student = student.reshape(-1, classes).to(dtype)
@@ -102,12 +102,7 @@ def ensemble(
         value = torch.where(s.empty, math.nan, value)
         infinite = infinite | too_large
         rows = rows + numbers.ce_weight * value
-    if row_weight is not None:
-        rows = rows * row_weight
-        infinite = infinite & (row_weight != 0)
-    rows = rows + torch.where(infinite, math.inf, 0.0)
-    rows = torch.where(valid, rows, 0.0)
-
+    rows = weighted(rows, infinite, given, valid)
     return reduced(rows.view(leading), valid, classes, choices.reduction)
 
 

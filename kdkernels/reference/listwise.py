@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.divergences import REDUCTIONS
-from kdkernels.reference.rows import tempered
+from kdkernels.reference.rows import tempered, weighted
 
 
 def pld(student: Tensor, teacher: Tensor, given, ignore_index: int) -> Tensor:
@@ -17,7 +17,7 @@ def pld(student: Tensor, teacher: Tensor, given, ignore_index: int) -> Tensor:
 
     ``given``: kdkernels.functional.rows.Rows.
     """
-    labels, mask, row_weight, temperatures, teacher_temperatures = given[:5]
+    labels, mask, _, temperatures, teacher_temperatures = given[:5]
     leading, classes = student.shape[:-1], student.shape[-1]
     dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
     valid = labels != ignore_index
@@ -49,9 +49,7 @@ def pld(student: Tensor, teacher: Tensor, given, ignore_index: int) -> Tensor:
     rows = torch.where((empty | ~known) & valid, math.nan, rows)
     if given.t2:
         rows = rows * (tau_s.squeeze(-1) if isinstance(tau_s, Tensor) else tau_s) ** 2
-    if row_weight is not None:
-        rows, infinite = rows * row_weight, infinite & (row_weight != 0)
-    rows = torch.where(valid, rows + torch.where(infinite, math.inf, 0.0), 0.0)
+    rows = weighted(rows, infinite, given, valid)
     reduction = REDUCTIONS[given.reduction]
     if reduction == "none":
         return rows.view(leading)

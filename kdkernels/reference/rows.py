@@ -42,6 +42,17 @@ def squared(tau: Tensor | float) -> Tensor | float:
     return tau.squeeze(-1) ** 2 if isinstance(tau, Tensor) else tau**2
 
 
+def weighted(rows: Tensor, infinite: Tensor, given, valid: Tensor) -> Tensor:
+    """``rows`` times their weights, or +inf: 0 where they do not count, whatever they hold there.
+
+    Nor does that reach a weight's gradient.
+    """
+    if given.row_weight is not None:
+        weight = torch.where(valid, given.row_weight, 0.0)
+        rows, infinite = rows * weight, infinite & (weight != 0)
+    return torch.where(valid, rows + torch.where(infinite, math.inf, 0.0), 0.0)
+
+
 def reduced(rows: Tensor, valid: Tensor, classes: int, reduction: int) -> Tensor:
     if REDUCTIONS[reduction] == "none":
         return rows

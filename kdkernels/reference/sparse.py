@@ -20,7 +20,14 @@ from kdkernels.divergences import (
     TopKNumbers,
 )
 from kdkernels.ops.rowwise import compute_dtype
-from kdkernels.reference.rows import counted, reduced, squared, temperatures, tempered
+from kdkernels.reference.rows import (
+    counted,
+    reduced,
+    squared,
+    temperatures,
+    tempered,
+    weighted,
+)
 from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, divergence
 
 
@@ -114,9 +121,5 @@ def sparse(
     rows = torch.where(s.empty | t.empty | faulty, math.nan, rows)
     if choices.t2:
         rows = rows * squared(tau_s)
-    if given.row_weight is not None:
-        rows = rows * given.row_weight
-        infinite = infinite & (given.row_weight != 0)
-    rows = rows + torch.where(infinite, math.inf, 0.0)
-    rows = torch.where(valid, rows, 0.0)
+    rows = weighted(rows, infinite, given, valid)
     return reduced(rows.view(leading), valid, classes, choices.reduction)

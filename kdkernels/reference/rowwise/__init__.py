@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdkernels.divergences import KINDS, TARGETS, Choices, Numbers
 from kdkernels.ops.rowwise import compute_dtype
-from kdkernels.reference.rows import counted, reduced, squared, temperatures
+from kdkernels.reference.rows import counted, reduced, squared, temperatures, weighted
 from kdkernels.reference.rowwise import target as targets
 from kdkernels.reference.rowwise.divergences import Gradient, LogRatio, Softmax, divergence
 
@@ -28,7 +28,7 @@ def rowwise(
 
     With ``parts``, also what the target and the divergence contribute, without their weights.
     """
-    labels, row_weight = given.labels, given.row_weight
+    labels = given.labels
     leading, classes = student.shape[:-1], student.shape[-1]
     dtype = compute_dtype(student, teacher)
     student = student.reshape(-1, classes).to(dtype)
@@ -103,9 +103,7 @@ def rowwise(
         rows = rows + numbers.ce_weight * value
 
     def total(rows: Tensor, infinite: Tensor) -> Tensor:
-        if row_weight is not None:
-            rows, infinite = rows * row_weight, infinite & (row_weight != 0)
-        rows = torch.where(valid, rows + torch.where(infinite, math.inf, 0.0), 0.0)
+        rows = weighted(rows, infinite, given, valid)
         return reduced(rows.view(leading), valid, choices.width or classes, choices.reduction)
 
     if not parts:
