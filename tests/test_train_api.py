@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from kdkernels.train import InputError, distill
-from kdkernels.train.data import load_data
+from kdkernels.train.data import from_arrays, load_data
 from kdkernels.train.report.cli import main
 
 QUICK = {"accelerator": "cpu", "epochs": 6, "augment": "none"}
@@ -183,11 +183,21 @@ def test_pairs_are_of_one_size(sizes, got):
         ({"method": "kd"}, "teacher: --method kd expects 1 of them, got 0"),
         ({"backend": "cuda"}, "--backend cuda: cannot run here"),
         ({"resume": True}, "resume: expected out, the folder"),
+        ({"teacher_epochs": 5}, "teacher_epochs: the teacher comes trained here; give the network"),
+        ({"teacher_checkpoint": "x"}, r"teacher_checkpoint: .* load_student\(path\)\.network has"),
+        ({"teacher_seed": 0}, "teacher_seed: the teacher comes trained"),
+        ({"image_size": 8}, "--image-size: it is for image folders"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(images, settings, message):
     with pytest.raises(InputError, match=message):
         distill(network(), None, images, **QUICK | {"method": "ce"} | settings)
+
+
+def test_a_data_set_that_is_split_already_is_not_split_again(images):
+    data = from_arrays(*images, val_fraction=0.1, split_seed=0)
+    with pytest.raises(InputError, match="--val-fraction: not with a Dataset"):
+        distill(network(), None, data, method="ce", val_fraction=0.2, **QUICK)
 
 
 def test_the_example_runs(monkeypatch, capsys):

@@ -40,6 +40,29 @@ def test_single_level_folder_is_split(tmp_path):
     assert (len(data.train), len(data.val), len(data.test)) == (24, 8, 8)
 
 
+@pytest.mark.parametrize("classes", [("car", "train"), ("bus", "test", "train", "val")])
+def test_a_class_may_be_called_as_a_part_is(tmp_path, classes):
+    write_images(tmp_path / "set", classes=classes)
+    data = load(tmp_path / "set", tmp_path / "cache")
+    assert data.classes == classes
+    assert len(data.train) + len(data.val) + len(data.test) == 8 * len(classes)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train", "test"), "images lie in test/, train/ themselves; expected a folder for each"),
+        (("val/cat", "test/cat"), "test/, val/ with folders of images in it, but no training im"),
+        (("train/cat", "train/dog", "valid/cat"), "images in valid/ beside train/, which has fol"),
+        (("train/steam", "car"), "images in car/ beside train/, .* and so is no class"),
+    ],
+)
+def test_folders_that_may_be_parts_or_classes_are_refused(tmp_path, folders, message):
+    write_images(tmp_path / "set", classes=folders)
+    with pytest.raises(InputError, match=f"--data: .*set: {message}"):
+        load(tmp_path / "set", tmp_path / "cache")
+
+
 def test_grey_images_of_16_bits_keep_their_shades(tmp_path):
     shades = np.linspace(0, 65535, 144).astype(np.uint16).reshape(12, 12)
     for label in ("cat", "dog"):

@@ -47,6 +47,9 @@ FOR_IMAGES_IN_MEMORY = (
     "checkpoint_every", "val_fraction", "split_seed", "image_size",
 )  # fmt: skip
 
+# Options of a run that trains or loads its teacher: here it is given.
+FOR_A_TEACHER_BY_NAME = ("teacher_checkpoint", "teacher_epochs", "teacher_seed")
+
 
 def distill(
     student: nn.Module,
@@ -83,7 +86,8 @@ def distill(
         seed: of the batches and of what the method draws.
         out: folder of the results, as of ``kdkernels train`` but for the model, for ``kdkernels
             report``; with ``resume=True`` a run goes on there. None keeps nothing.
-        **settings: the options of :class:`Config` that are left: ``epochs``, ``lr``, ``ema``, ...
+        **settings: the options of :class:`Config` that are left: ``epochs``, ``lr``, ``ema``, ...;
+            not those by which ``kdkernels train`` trains or finds a teacher.
 
     Raises:
         InputError: options, data or models that do not fit.
@@ -93,6 +97,12 @@ def distill(
         raise InputError(
             f"distill(): {unknown[0]!r}: not an option of Config; expected one of its names, or "
             f"those of the method in options={{...}}"
+        )
+    if given := [name for name in FOR_A_TEACHER_BY_NAME if name in settings]:
+        raise InputError(
+            f"distill(): {given[0]}: the teacher comes trained here; give the network as teacher: "
+            f"distill(network, None, data, method='ce', epochs=...) trains one, "
+            f"load_student(path).network has that of an earlier run"
         )
     config = Config(method=method, student=type(student).__name__, seed=(seed,), **settings)
     if config.resume and out is None:
@@ -164,11 +174,18 @@ def _loaders(
 
 def _dataset(data: Any, config: Config) -> Dataset:
     if isinstance(data, Dataset):
+        for name in ("val_fraction", "split_seed", "image_size"):
+            if getattr(config, name) != getattr(Config, name):
+                raise InputError(f"{option(name)}: not with a Dataset, which has its parts already")
         return data
     split = {"val_fraction": config.val_fraction, "split_seed": config.split_seed}
     if isinstance(data, str | Path):
         cache = Path(config.cache_dir) if config.cache_dir else user_cache()
         return load_data(str(data), image_size=config.image_size, cache_dir=cache, **split)
+    if config.image_size is not None:
+        raise InputError(
+            "--image-size: it is for image folders; resize arrays and pairs beforehand"
+        )
     if not (isinstance(data, tuple) and len(data) == 2):
         pairs = [(np.asarray(image), label) for image, label in data]
         if len(shapes := {image.shape for image, _ in pairs}) != 1:

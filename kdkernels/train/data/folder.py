@@ -37,14 +37,15 @@ class Item(NamedTuple):
 def decode(source: Source, image_size: int | None, allocate: Allocate) -> Contents | None:
     """Decode ``train|val|test/<class>/*`` or ``<class>/*``; None if there are no images.
 
-    The parts are those the folder has; without ``train`` there is one, named ``"all"``.
+    The parts are those the folder has; without any there is one, named ``"all"``. A folder of a
+    part's name with images, but no folders of images, in it is a class.
     """
     images = [name for name in source.names if _suffix(name) in SUFFIXES]
     if not images:
         return None
-    has_parts = any(name.startswith("train/") for name in images)
+    has_parts = _has_parts(source, images)
     items = sorted(_items(images, has_parts), key=lambda item: (*PARTS, "all").index(item.part))
-    if not items or items[0].part not in ("train", "all"):
+    if not items:
         raise InputError(
             f"{source.path}: expected a folder of images for each class, found images in one "
             f"folder only"
@@ -73,6 +74,34 @@ def decode(source: Source, image_size: int | None, allocate: Allocate) -> Conten
 
 def _suffix(name: str) -> str:
     return posixpath.splitext(name)[1].lower()
+
+
+def _has_parts(source: Source, images: list[str]) -> bool:
+    """Whether images are ``train|val|test/<class>/*``; what may or may not be so is refused."""
+    folders = {top for top, slash, _ in (name.partition("/") for name in images) if slash}
+    parts = {name.partition("/")[0] for name in images if name.count("/") > 1} & set(PARTS)
+    if not parts:
+        if folders and folders <= set(PARTS):
+            raise InputError(
+                f"{source.path}: images lie in {_list(folders)} themselves; expected a folder for "
+                f"each class in them"
+            )
+        return False
+    if "train" not in parts:
+        raise InputError(
+            f"{source.path}: {_list(parts)} with folders of images in it, but no training images; "
+            f"expected train/<class>/* (or, of a class of that name, no folders in it)"
+        )
+    if others := folders - set(PARTS):
+        raise InputError(
+            f"{source.path}: images in {_list(others)} beside {_list(parts)}, which has folders of "
+            f"images in it and so is no class; expected no others than train, val and test"
+        )
+    return True
+
+
+def _list(names: set[str]) -> str:
+    return ", ".join(f"{name}/" for name in sorted(names))
 
 
 def _class_folders(source: Source, has_parts: bool) -> set[str]:
