@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
 
 from kdkernels.train import InputError, checkpoint, distill, loop
 from kdkernels.train.data import LoaderBatches, LoaderData, LoaderSplit
@@ -79,11 +86,58 @@ def test_batches_are_used_as_they_come(sets):
     assert torch.equal(torch.cat(seen), sets[1].tensors[0])
 
 
-def test_a_run_with_loaders_goes_on(sets, tmp_path, monkeypatch):
+class Drawn(Noisy):
+    """Noise from a generator of its own."""
+
+    generator = None
+
+    def __getitem__(self, index):
+        image, label = TensorDataset.__getitem__(self, index)
+        return image + 0.1 * torch.randn(image.shape, generator=self.generator), label
+
+
+def by_the_loader(train, val, generator):
+    return DataLoader(train, 32, shuffle=True, generator=generator), val
+
+
+def by_the_sampler(train, val, generator):
+    return DataLoader(train, 32, sampler=RandomSampler(train, generator=generator)), val
+
+
+def by_the_batch_sampler(train, val, generator):
+    batches = BatchSampler(RandomSampler(train, generator=generator), 32, drop_last=False)
+    return DataLoader(train, batch_sampler=batches), val
+
+
+def by_the_data(train, val, generator):
+    train = Drawn(*train.tensors)
+    train.generator = generator
+    return load(Subset(train, range(100))), val
+
+
+def by_all_loaders(train, val, generator):
+    """Passes over the held-out images draw from it too."""
+    return [DataLoader(data, 32, shuffle=True, generator=generator) for data in (train, val)]
+
+
+def by_the_loader_for_workers(train, val, generator):
+    return DataLoader(train, 32, shuffle=True, generator=generator, num_workers=1), val
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda train, val, _: (load(train), val),
+        by_the_loader, by_the_sampler, by_the_batch_sampler, by_the_data, by_all_loaders,
+        by_the_loader_for_workers,
+    ],
+)  # fmt: skip
+def test_a_run_with_loaders_goes_on(sets, tmp_path, monkeypatch, drawn):
     def train(out, **settings):
-        student = network()
-        held = {"val": sets[1], "test": load(sets[2])}
-        distill(student, None, load(sets[0]), method="ce", **held, out=out, **QUICK, **settings)
+        student, teacher = network(), network(16)
+        loader, val = drawn(*sets[:2], torch.Generator().manual_seed(5))
+        held = {"val": val, "test": load(sets[2])}
+        distill(student, teacher, loader, **held, out=out, **QUICK, **settings)
         return student.state_dict()
 
     whole = train(tmp_path / "whole")
@@ -98,6 +152,28 @@ def test_a_run_with_loaders_goes_on(sets, tmp_path, monkeypatch):
         train(tmp_path / "parts")
     parts = train(tmp_path / "parts", resume=True)
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+    ends = (
+        checkpoint.load_state(tmp_path / name / "seed-0" / "checkpoint.pt")
+        for name in ("whole", "parts")
+    )
+    assert_same_end(*ends)
+
+
+def assert_same_end(one, other):
+    """The last epoch's weights, and the random numbers that would come next."""
+    for part in ("student", "loader", "rng"):
+        torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
+
+
+def test_other_generators_than_the_run_began_with_are_named(sets, tmp_path):
+    def train(loader, **settings):
+        held = {"val": sets[1], "test": sets[2]}
+        distill(network(), None, loader, **held, method="ce", out=tmp_path, **QUICK, **settings)
+
+    train(load(sets[0]))
+    loader = DataLoader(sets[0], 32, shuffle=True, generator=torch.Generator())
+    with pytest.raises(InputError, match="training loader: expected 0 generators in it as when"):
+        train(loader, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,10 @@ def distill(
             (B, C, H, W) as the networks take them and labels: its batches are used as they come,
             on one device, without the trainer's augmentation, teacher cache, micro-batches or
             checkpoints within an epoch. Methods that look images up by number (``crd``,
-            ``education``) need one of the other forms.
+            ``education``) need one of the other forms. A resumed run sees the batches that it would
+            have seen if they are drawn by torch: by its global random numbers, or by a
+            ``torch.Generator`` of the loader, its sampler or its data set. What Python's or NumPy's
+            generators and workers that persist would have drawn is not kept.
         val, test: with a ``DataLoader`` as data, the same of the images that select the best epoch
             and of those that are read once at the end; or data sets, in batches as large.
         method: as for ``--method``.
@@ -155,9 +158,10 @@ def _loaders(
             "val, test: expected a DataLoader or data set each beside that of the training images "
             "(torch.utils.data.random_split makes them)"
         )
+    # With a batch sampler of its own, a loader knows no size of batches.
+    size = train.batch_size or getattr(train.batch_sampler, "batch_size", Config.batch_size)
     val, test = (
-        held if isinstance(held, DataLoader) else DataLoader(held, train.batch_size)
-        for held in (val, test)
+        held if isinstance(held, DataLoader) else DataLoader(held, size) for held in (val, test)
     )
     shape = shape_of(LoaderSplit("validation", val))
     logits = shown_two(Tapped(student, what="student"), shape, what="student").logits

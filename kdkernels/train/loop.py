@@ -4,7 +4,7 @@
 Nothing here knows a method: each takes part through the hooks of ``methods.Method``. What changes
 from step to step is the student, the method, the optimizer, torch's random state and ``State``; a
 checkpoint holds these and nothing else, because batches and learning rates are functions of the
-step.
+step: but for a user's loader, whose own generators are kept with them.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def fit(
     checkpointed = {"student": trained, "method": method, "optimizer": optimizer}
     checkpointed |= {"average": average} if average else {}
     checkpointed["precision"] = fabric.strategy.precision
+    checkpointed |= {"loader": batches} if isinstance(batches, LoaderBatches) else {}
     if (out / "checkpoint.pt").exists():
         state = restore(out / "checkpoint.pt", checkpointed, fabric)
 

@@ -43,7 +43,7 @@ def _inputs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Network input and labels, some at a time."""
     if isinstance(split, LoaderSplit):
-        yield from split.batches(device)
+        yield from split.peek(device)
         return
     normalise = normaliser(data, device)
     for start in range(0, len(split), chunk):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -39,6 +40,29 @@ class LoaderSplit:
                 device, torch.float32, non_blocking=True, memory_format=torch.channels_last
             )
             yield images, labels.to(device, non_blocking=True)
+
+    def peek(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """:meth:`batches` that leave the loader's own generators where they were."""
+        before = self.random_state()
+        try:
+            yield from self.batches(device)
+        finally:
+            self.set_random_state(before)
+
+    def random_state(self) -> list[Tensor]:
+        """Where the loader's own generators stand."""
+        return [generator.get_state() for generator in _generators(self.loader)]
+
+    def set_random_state(self, states: Sequence[Tensor]) -> None:
+        """Put its generators back where they were."""
+        generators = list(_generators(self.loader))
+        if len(generators) != len(states):
+            raise InputError(
+                f"{self.part} loader: expected {len(states)} generators in it as when the run "
+                f"began, got {len(generators)}"
+            )
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
         pair = isinstance(batch, Sequence) and len(batch) == 2
@@ -94,7 +118,10 @@ class LoaderData:
 
 
 class LoaderBatches:
-    """A loader's batches as the loop asks for them: step by step, from the start of an epoch on."""
+    """A loader's batches as the loop asks for them: step by step, from the start of an epoch on.
+
+    What generators of its own the loader draws from is part of a checkpoint.
+    """
 
     def __init__(self, data: LoaderData, device: torch.device) -> None:
         self.data, self.device, self.per_epoch = data, device, data.train.count
@@ -114,9 +141,26 @@ class LoaderBatches:
         self.batch_size = self._images / (position + 1)
         return Batch(*batch)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of the next epochs comes from, beside torch's own random state."""
+        return {"generators": self.data.train.random_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was asked for, between epochs."""
+        self.data.train.set_random_state(state["generators"])
+
 
 def shape_of(split: LoaderSplit) -> tuple[int, int, int]:
     """Height, width and channels of a loader's images, from its first batch."""
-    with torch.random.fork_rng(devices=[]):
-        images, _ = next(split.batches(torch.device("cpu")))
+    with torch.random.fork_rng(devices=[]), closing(split.peek(torch.device("cpu"))) as batches:
+        images, _ = next(batches)
     return (*images.shape[2:], images.shape[1])
+
+
+def _generators(part: Any) -> Iterator[torch.Generator]:
+    """Those of a loader, and of the samplers and data sets that it is made of."""
+    own = getattr(part, "__dict__", {})
+    yield from (value for value in own.values() if isinstance(value, torch.Generator))
+    for name in ("sampler", "batch_sampler", "dataset"):
+        if name in own:
+            yield from _generators(own[name])
