@@ -73,7 +73,7 @@ def main() -> None:
     students = student_data(arguments, data)
     for name in arguments.methods:
         method, options = METHODS[name]
-        parts = make_method(method, "auto", options).specialities(len(data.classes))
+        parts = make_method(method, "auto", options).course.specialities(len(data.classes))
         teachers = [teacher_checkpoint(arguments, data, part) for part in parts]
         config = Config(
             method=method,

@@ -176,8 +176,7 @@ def test_float16_on_a_cpu_is_refused(tmp_path):
 class Dtypes(CE):
     """Notes in what the losses are computed."""
 
-    def teachers(self, step):
-        return (0,)
+    needs_teacher = True
 
     def losses(self, batch, student_out, teacher_out):
         self.seen = {x.dtype for x in (student_out.logits, teacher_out[0].logits, batch.labels)}

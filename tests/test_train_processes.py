@@ -43,8 +43,7 @@ RESUMED = {
 class Relations(CE):
     """A loss that relates all samples of a batch, whichever process has them."""
 
-    def teachers(self, step):
-        return (0,)
+    needs_teacher = True
 
     def losses(self, batch, student_out, teacher_out):
         loss = KF.dist_loss(student_out.logits, teacher_out[0].logits, group=self.run.group)

@@ -121,7 +121,7 @@ def distill(
     config = replace(config, data=data.name)
     report.say(*data.described())
     teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else teacher
-    count = len(made.specialities(len(data.classes)))
+    count = len(made.course.specialities(len(data.classes)))
     if made.needs_teacher and len(teachers) != count:
         raise InputError(f"teacher: --method {method} expects {count} of them, got {len(teachers)}")
     torch.manual_seed(seed)

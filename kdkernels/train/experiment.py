@@ -61,7 +61,7 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
     )
     report.say(*data.described())
     # What each teacher learns: all classes, or those it is a specialist of.
-    parts = [data.only(classes) for classes in method.specialities(len(data.classes))]
+    parts = [data.only(classes) for classes in method.course.specialities(len(data.classes))]
     teachers = given_teachers(config, data.shape, parts)
     rehearse(fabric, method, config, data, parts, [model for _, model in teachers])
 
@@ -158,7 +158,7 @@ def rehearse(
     steps_per_epoch = max(len(data.train) // config.batch_size, 1)
     steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     method.begin(Run(data, steps, steps_per_epoch))
-    trained = method.wrap(student)
+    trained = method.course.wrap(student)
     student_taps, *teacher_taps = method.taps(trained, teachers)
     network = Tapped(trained, student_taps, what="student")
     dry_run(method, network, Teachers(fabric, teachers, teacher_taps), data)

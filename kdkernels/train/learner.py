@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from kdkernels.train.clock import StepClock
 from kdkernels.train.data import Batch, Dataset, LoaderData
 from kdkernels.train.errors import InputError
-from kdkernels.train.methods import Method, Output
+from kdkernels.train.methods import Course, Method, Output
 from kdkernels.train.taps import Tapped, shown_two
 from kdkernels.train.teachers import Teachers
 
@@ -105,10 +105,10 @@ def dry_run(
             "gradient: is it frozen?"
         )
     classes = len(data.classes)
-    # What a method wraps a student in may know some of the classes only.
-    wrapped = type(method).wrap is not Method.wrap
+    # What a course wraps a student in may know some of the classes only.
+    wrapped = type(method.course).wrap is not Course.wrap
     own = outputs[0].logits.shape[-1] if wrapped else classes
-    expected = (own, *map(len, method.specialities(classes)))
+    expected = (own, *map(len, method.course.specialities(classes)))
     for index, (out, count) in enumerate(zip(outputs, expected, strict=False)):
         if out.logits.shape != (2, count):
             who = "student" if index == 0 else "teacher"

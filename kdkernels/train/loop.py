@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: one student, one seed, top to bottom.
 
-Nothing here knows a method: each takes part through the hooks of ``methods.Method``. What changes
-from step to step is the student, the method, the optimizer, torch's random state and ``State``; a
-checkpoint holds these and nothing else, because batches and learning rates are functions of the
-step: but for a user's loader, whose own generators are kept with them.
+Nothing here knows a method: each takes part through the hooks of ``methods.Method`` and of its
+``methods.Course``. What changes from step to step is the student, the method, the optimizer,
+torch's random state and ``State``; a checkpoint holds these and nothing else, because batches and
+learning rates are functions of the step: but for a user's loader, whose own generators are kept
+with them.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def fit(
     last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
     group = dist.group.WORLD if fabric.world_size > 1 else None
     method.begin(Run(data, last_step, batches.per_epoch, group))
-    trained = method.wrap(student)
+    course = method.course
+    trained = course.wrap(student)
     average = Average(fabric, trained, config.ema) if config.ema else None
     student_taps, *teacher_taps = method.taps(trained, teachers)
     network = Tapped(trained, student_taps, what="student")
@@ -108,7 +110,7 @@ def fit(
         answers = teacher_cache.prepare(teachers, method, batches, config, last_step)
     evaluated = average.network if average else model
     # Of some classes only, a teacher is no measure of the student.
-    judged = teachers and method.specialities(len(data.classes))[0] == range(len(data.classes))
+    judged = teachers and course.specialities(len(data.classes))[0] == range(len(data.classes))
     teacher_val = predict(teachers[0], data, data.val)[0] if judged else None
     board = config.tensorboard and fabric.is_global_zero
     label = f"{config.method} {config.student} seed {seed}"
@@ -119,14 +121,14 @@ def fit(
     with report.progress(label, state.step, last_step) as advance:
         while state.step < last_step:
             epoch, position = divmod(state.step, batches.per_epoch)
-            if position == 0 and method.on_boundary(epoch, trained):
+            if position == 0 and course.on_boundary(epoch, trained):
                 optimizer.state.clear()
             clock.step_starts()
-            set_lr(optimizer, config.schedule, method.progress(state.step))
+            set_lr(optimizer, config.schedule, course.progress(state.step))
             for part in range(config.accumulate):
                 share = fabric.global_rank * config.accumulate + part
-                batch = method.data(batches, state.step, share)
-                teacher_out = answers(batch, method.teachers(state.step))
+                batch = course.batch(batches, state.step, share)
+                teacher_out = answers(batch, course.teachers(state.step))
                 measured = position % READ_EVERY == 0
                 losses = partial(learner.losses, batch, teacher_out, state.step, clock, measured)
                 unfinished = part + 1 < config.accumulate
@@ -165,7 +167,7 @@ def fit(
                     state,
                     epoch,
                     validation,
-                    method.unwrap(candidate) if method.selectable(epoch) else None,
+                    course.unwrap(candidate) if course.selectable(epoch) else None,
                     lr=optimizer.param_groups[0]["lr"],
                     batch_size=batches.batch_size,
                 )

@@ -46,7 +46,7 @@ def prepare(
 ) -> CachedTeachers:
     """The teachers with all that ``method`` will ask them until ``last_step`` on disk."""
     form = form_of(method, config, len(batches.data.classes))
-    shown = method.shown(batches, last_step)
+    shown = method.course.shown(batches, last_step)
     parts = {index: part for index, (part, _) in shown.items()}
     cached = CachedTeachers(teachers, batches, Path(config.teacher_cache), form, parts)
     for index, (_, views) in shown.items():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kdkernels.train.data import Batch
 from kdkernels.train.errors import InputError
-from kdkernels.train.methods.base import Method, Output, Run
+from kdkernels.train.methods.base import Method, Output
+from kdkernels.train.methods.course import Course, Run
 
 
 class Composite(Method):
@@ -23,10 +24,12 @@ class Composite(Method):
 
     def __init__(self, methods: Mapping[str, Method]) -> None:
         super().__init__()
-        if alone := [name for name, method in methods.items() if not method.composable]:
+        alone = [name for name, method in methods.items() if type(method.course) is not Course]
+        if alone:
             raise InputError(f"--method: {alone[0]} goes with no other method")
         self.methods = nn.ModuleDict(methods)
         self.needs_teacher = any(method.needs_teacher for method in methods.values())
+        self.course = Course(self.needs_teacher)
         for method in list(methods.values())[1:]:
             method.ce_weight = 0.0
         temperatures = {method.top_k_temperature for method in methods.values()}
@@ -65,12 +68,6 @@ class Composite(Method):
             for name, method in self.methods.items()
             for term, weight in method.weights(step).items()
         }
-
-    def teachers(self, step: int) -> Sequence[int]:
-        return max((method.teachers(step) for method in self.methods.values()), key=len)
-
-    def on_boundary(self, epoch: int, trained: nn.Module) -> bool:
-        return any([method.on_boundary(epoch, trained) for method in self.methods.values()])
 
     def measure(self, student: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
         return {
