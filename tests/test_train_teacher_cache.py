@@ -20,6 +20,7 @@ from kdkernels.train.data import Batch
 from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import Output, TopK
 from kdkernels.train.methods.kd import KD
+from kdkernels.train.teacher_cache import CachedTeachers
 
 BATCH_SIZE = 100  # so that the last batch of a view has to be filled up
 TAPS = ("stages.0", "classifier:input")
@@ -132,6 +133,28 @@ def test_later_runs_find_what_was_made(config, tmp_path):
         again = replace(config, teacher_cache=str(tmp_path / "cache"), out=out, **changes)
         (result,) = run(again)["runs"]
         assert result["teacher_cache"]["views_made"] == (changes == {"cache_views": None})
+
+
+def test_a_cache_of_another_machine_serves_and_the_difference_is_told(
+    config, tmp_path, monkeypatch, capsys
+):
+    config = replace(config, epochs=1, augment_seed=0)
+    here = cached_run(config, tmp_path)["teacher_cache"]
+    assert here["views_made"] == 1 and here["difference"] == 0
+    assert "elsewhere" not in capsys.readouterr().out
+    compute = CachedTeachers._compute
+
+    def rounded_otherwise(*arguments):
+        return {name: array * (1 + 2**-20) for name, array in compute(*arguments).items()}
+
+    monkeypatch.setattr(CachedTeachers, "_compute", rounded_otherwise)
+    again = replace(config, teacher_cache=str(tmp_path / "cache"), out=str(tmp_path / "there"))
+    there = run(again)["runs"][0]["teacher_cache"]
+    assert there["views_made"] == 0
+    assert there["difference"] == pytest.approx(2**-20, rel=0.2)
+    said = " ".join(capsys.readouterr().out.split())
+    told = f"differ from what the teacher gives here by {there['difference']:.1e} of its largest"
+    assert told in said
 
 
 KILL = """

@@ -54,7 +54,8 @@ class Config:
             augmentation and its seed; made before training, where missing, for this and later runs.
         cache_views: so many augmented views of each image in all, over and over, which the cache
             has to hold; new ones in every epoch if not given.
-        cache_dtype: precision of the cache; fp32 trains to the same bits as the teacher itself.
+        cache_dtype: precision of the cache; fp32 trains to the same bits as the teacher itself, on
+            the machine that made it, and elsewhere to what their roundings differ by.
         cache_topk: keep only the k largest logits, for methods that can do with them (kd).
         backend: which implementation runs the distillation losses.
         accelerator: the device to train on.
