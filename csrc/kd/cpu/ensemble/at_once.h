@@ -38,19 +38,26 @@ inline float share_out(const Row<float>& r, Teacher<float>* teachers, int64_t co
 // That, for all classes; and sum w_m p_m, if `q`.
 inline void combine(const Row<float>& r, const Teacher<float>* teachers, int64_t count, float own,
                     float* gap, float* q, const float* next_grad) {
-  const Teacher<float>* end = teachers + count;
-  sweep<vf>((int)r.classes, [&](int i, auto w) {
-    __builtin_prefetch(next_grad + i, 1, 2);
-    vf sum = read<vf>(r.exp_s + i, w, 0.f) * own;
-    for (const Teacher<float>* t = teachers; t != end; t++)
-      sum += read<vf>(t->kept + i, w, 0.f) * t->share;
-    write<vf>(gap + i, w, sum);
-    if (!q) return;
-    sum = vf{};
-    for (const Teacher<float>* t = teachers; t != end; t++)
-      sum += read<vf>(t->exps + i, w, 0.f) * t->share;
-    write<vf>(q + i, w, sum);
-  });
+  constexpr int some = 4;  // teachers at a time, those that are not there without a share
+  for (int64_t first = 0; first < count; first += some) {
+    const float *kept[some], *exps[some];
+    float share[some];
+    for (int j = 0; j < some; j++) {
+      const bool there = first + j < count;
+      const Teacher<float>& t = teachers[there ? first + j : 0];
+      kept[j] = t.kept, exps[j] = t.exps, share[j] = there ? t.share : 0;
+    }
+    sweep<vf>((int)r.classes, [&](int i, auto w) {
+      __builtin_prefetch(next_grad + i, 1, 2);
+      vf sum = first ? read<vf>(gap + i, w, 0.f) : read<vf>(r.exp_s + i, w, 0.f) * own;
+      for (int j = 0; j < some; j++) sum += read<vf>(kept[j] + i, w, 0.f) * share[j];
+      write<vf>(gap + i, w, sum);
+      if (!q) return;
+      sum = first ? read<vf>(q + i, w, 0.f) : vf{};
+      for (int j = 0; j < some; j++) sum += read<vf>(exps[j] + i, w, 0.f) * share[j];
+      write<vf>(q + i, w, sum);
+    });
+  }
 }
 
 // The mixture's divergence, and the student's gradient; false where the teachers' normalisers are

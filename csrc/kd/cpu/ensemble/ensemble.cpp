@@ -102,8 +102,10 @@ void finish_row(Ensemble<S>& e) {
 // Whether the fp32 measures hold; NaN and rows without a finite class do not.
 inline bool is_exact(const Ensemble<float>& e) {
   bool exact = is_sound(e.r) && (!e.p.mixture || e.r.lowest > lowest_log_p);
-  for (int64_t m = 0; m < e.count; m++)
-    exact = exact && e.teachers[m].highest < exact_range && is_sound(e.teachers[m]);
+  for (int64_t m = 0; m < e.count; m++) {
+    const Teacher<float>& t = e.teachers[m];
+    exact = exact && t.highest < exact_range && t.bend == t.bend && is_sound(t);
+  }
   return exact;
 }
 
@@ -129,7 +131,10 @@ bool try_row(const EnsembleParams& p, int64_t i, char* scratch) {
   p.mixture ? measure<true>(r, teachers, e.count) : measure<false>(r, teachers, e.count);
   int64_t kept = 0;  // a teacher without weight is left out where it holds no distribution
   for (int64_t m = 0; m < e.count; m++)
-    if (teachers[m].weight != 0 || is_sound(teachers[m])) teachers[kept++] = teachers[m];
+    if (teachers[m].weight != 0 || is_sound(teachers[m])) {
+      if (kept != m) teachers[kept] = teachers[m];
+      kept++;
+    }
   e.count = kept;
   if constexpr (sizeof(S) == 4)
     if (!is_exact(e)) return false;

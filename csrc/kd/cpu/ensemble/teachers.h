@@ -12,7 +12,7 @@ struct Teacher {
   const S* read;                     // those, in the buffer if they have to be converted
   double weight;
   Scalars<S> k;
-  S highest;                         // of u_t - u_s
+  S top, highest;                    // of its logits, up to this block; of u_t - u_s
   // Sums of exp(u_t); of the last block, of exp(u_t) (u_t - u_s).
   double sum, dot;
   // In fp32, of those that are compared with the student, with d = u_t - u_s - shift: sums of
@@ -43,7 +43,7 @@ int64_t gather(const EnsembleParams& p, const Row<S>& r, Teacher<S>* to, S* exps
     Teacher<S>& t = to[count];
     t.p = p.teachers + m, t.weight = weight, t.k = r.k;
     t.exps = exps + 3 * block * count++, t.gaps = t.exps + block, t.buffer = t.gaps + block;
-    t.highest = 0;
+    t.highest = 0, t.top = floor_of<S>;
     t.sum = t.dot = t.excess = t.bend = t.value = t.mass = t.centre = t.slope_s = t.slope_t = 0;
     t.shift = 0, t.scale = 1;
     t.far = t.infinite = false;
@@ -96,38 +96,62 @@ inline bool is_far(Teacher<float>& t, double sum_s) {
 }
 
 // One block again, of a teacher that may be close: a near class has the student's exponential
-// times exp(d).
-template <bool mixture>
-KD_FN void compare(Teacher<float>& t, int n, const float* s, const float* z, const float* exp_s) {
+// times exp(d). `direct`: logits are subtracted first, see log_ratio.
+template <bool mixture, bool direct>
+KD_FN void compare(Teacher<float>& t, int n, const float* s, const float* u_s, const float* exp_s) {
   using V = vf;
   V excess{}, bend{};
-  sweep<V>(n, [&, k = t.k, exps = t.exps, gaps = t.gaps, shift = (float)t.shift,
-               scale = (float)(1 / t.scale)](int i, auto w) {
-    const V d = log_ratio(k, read_logits<V>(s + i, w), read_logits<V>(z + i, w)) - shift;
+  sweep<V>(n, [&, k = t.k, z = t.read, exps = t.exps, gaps = t.gaps, off = t.k.max_t - t.k.max_s,
+               shift = (float)t.shift, scale = (float)(1 / t.scale)](int i, auto w) {
+    const V zt = read_logits<V>(z + i, w);
+    const V ratio = direct ? ((zt - read_logits<V>(s + i, w)) - off) * k.inv_ts
+                           : (zt - k.max_t) * k.inv_tt - read<V>(u_s + i, w, 0.f);
+    const V d = ratio - shift;
     const V e = read<V>(exp_s + i, w, 0.f), exp_t = read<V>(exps + i, w, 0.f) * scale;
     const auto near = is_near(d);
-    const V square = d * d * expm1_tail(d), growth = e * (d + square);
+    const V square = e * (d * d * expm1_tail(d)), growth = e * d + square;
     const V gap = select(near, growth, exp_t - e);
     write<V>(gaps + i, w, gap);
     excess += gap;
     if constexpr (mixture) write<V>(exps + i, w, select(near, e + growth, exp_t));
-    else bend += select(near, growth, exp_t) * d - select(near, e * square, gap);
+    else bend += select(near, growth, exp_t) * d - select(near, square, gap);
   });
   t.excess += sum(excess), t.bend = sum(bend);
 }
 
-// A block's maximum; `fall_s` as above.
+// The largest logits of a block, of four rows at a time, since each of these chains waits for itself.
 template <class S>
-void raise(Teacher<S>& t, const Row<S>& r, int64_t first, int n, double sum_s, double fall_s) {
+void raise_tops(const S* const (&z)[4], S* const (&top)[4], int n) {
   using V = typename VectorOf<S>::V;
-  const S* z = t.read = t.get(r.index, first, n, t.buffer);
-  V top = all<V>(t.k.max_t);
-  sweep<V>(n, [&](int i, auto w) { top = at_least(read<V>(z + i, w, floor_of<S>), top); });
-  const double fall_t = ((double)t.k.max_t - largest(top)) * t.k.inv_tt;
-  t.k.max_t = largest(top), t.k.max_s = r.k.max_s;
+  V high[4];
+  for (int j = 0; j < 4; j++) high[j] = all<V>(*top[j]);
+  sweep<V>(n, [&](int i, auto w) {
+    for (int j = 0; j < 4; j++) high[j] = at_least(read<V>(z[j] + i, w, floor_of<S>), high[j]);
+  });
+  for (int j = 0; j < 4; j++) *top[j] = largest(high[j]);
+}
+// Those of the teachers, and the student's.
+template <class S>
+S raise_tops(const Row<S>& r, const S* s, Teacher<S>* teachers, int64_t count, int n) {
+  S top = r.k.max_s;
+  for (int64_t m = 0; m == 0 || m < count; m += 3) {
+    const S* z[4] = {s, s, s, s};
+    S* to[4] = {&top, &top, &top, &top};
+    for (int j = 0; j < 3 && m + j < count; j++)
+      z[j] = teachers[m + j].read, to[j] = &teachers[m + j].top;
+    raise_tops(z, to, n);
+  }
+  return top;
+}
+
+// To the new maxima; `fall_s` as above.
+template <class S>
+void raise(Teacher<S>& t, const Row<S>& r, bool first, double sum_s, double fall_s) {
+  const double fall_t = ((double)t.k.max_t - t.top) * t.k.inv_tt;
+  t.k.max_t = t.top, t.k.max_s = r.k.max_s;
   t.k.subtract_first =
       t.k.inv_ts == t.k.inv_tt && __builtin_fabs((double)t.k.max_t - t.k.max_s) <= 1;
-  if (first > 0 && (fall_s != 0 || fall_t != 0)) recentre(t, sum_s, fall_s, fall_t);
+  if (!first && (fall_s != 0 || fall_t != 0)) recentre(t, sum_s, fall_s, fall_t);
 }
 
 // The row and its teachers; the student's exponentials are formed once.
@@ -140,11 +164,12 @@ void measure(Row<S>& r, Teacher<S>* teachers, int64_t count) {
   r.lowest = 0;  // of u_s
   for_blocks(r.classes, [&](int64_t first, int n) {
     const S* s = r.student.get(first, n);
-    V top = all<V>(r.k.max_s);
-    sweep<V>(n, [&](int i, auto w) { top = at_least(read<V>(s + i, w, floor_of<S>), top); });
-    const double fall = first > 0 ? ((double)r.k.max_s - largest(top)) * r.k.inv_ts : 0;
+    for (int64_t m = 0; m < count; m++)
+      teachers[m].read = teachers[m].get(r.index, first, n, teachers[m].buffer);
+    const S top = raise_tops(r, s, teachers, count, n);
+    const double fall = first > 0 ? ((double)r.k.max_s - top) * r.k.inv_ts : 0;
     const double before = r.sum_s;
-    r.k.max_s = largest(top);
+    r.k.max_s = top;
     if (fall != 0) {
       r.sum_s *= __builtin_exp(fall), r.plain_s *= __builtin_exp(fall / r.k.inv_ts);
       r.lowest += (S)fall;
@@ -165,15 +190,17 @@ void measure(Row<S>& r, Teacher<S>* teachers, int64_t count) {
     });
     r.sum_s += sum(sum_s), r.lowest = -largest(-low);
     if (plain) r.plain_s += sum(sum_plain);
-    for (int64_t m = 0; m < count; m++) raise(teachers[m], r, first, n, before, fall);
     for (int64_t m = 0; m < count; m++) {
-      Teacher<S>& t = teachers[m];
-      measure(t, n, t.read, r.exp_t);
-      if constexpr (sizeof(S) == 4) {
-        if (!mixture && r.classes <= block && is_far(t, r.sum_s)) continue;
-        compare<mixture>(t, n, s, t.read, r.exp_s);
-      }
+      raise(teachers[m], r, first == 0, before, fall);
+      measure(teachers[m], n, teachers[m].read, r.exp_t);
     }
+    if constexpr (sizeof(S) == 4)
+      for (int64_t m = 0; m < count; m++) {
+        Teacher<S>& t = teachers[m];
+        if (!mixture && r.classes <= block && is_far(t, r.sum_s)) continue;
+        t.k.subtract_first ? compare<mixture, true>(t, n, s, r.exp_t, r.exp_s)
+                           : compare<mixture, false>(t, n, s, r.exp_t, r.exp_s);
+      }
   });
 }
 
@@ -190,7 +217,8 @@ inline void normalise(const Row<float>& r, Teacher<float>& t) {
   // A is exact where the normalisers are close, and cancels where the teacher's is much smaller.
   t.ratio = t.excess / r.sum_s;
   t.close = !t.far && __builtin_fabs(t.ratio) < 0.5;
-  t.delta = t.close ? t.shift + __builtin_log1p(t.ratio) : __builtin_log(t.sum / r.sum_s);
+  if (t.close) t.delta = t.shift + __builtin_log1p(t.ratio);
+  else if (!t.far) t.delta = __builtin_log(t.sum / r.sum_s);
   t.k.delta = (float)t.delta;
   t.k.inv_sum_t = (float)(1 / (t.close ? (r.sum_s + t.excess) * t.scale : t.sum));
 }
