@@ -43,7 +43,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ensemble(
   Tensor grad_student = gradient_for(student, grads & of_student, p.grad_student);
 
   const int64_t count = teachers.size();
-  std::vector<Tensor> keep_teachers(count);
   std::vector<kd::EnsembleTeacher> given(count);
   std::vector<int64_t> shape = leading(student, student.dim());
   shape.insert(shape.begin(), count);
@@ -56,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ensemble(
   }
   bool in_double = p.student.dtype == kd::DType::float64;
   for (int64_t m = 0; m < count; m++) {
-    given[m] = {rows_of(teachers[m], keep_teachers[m]), grad, weight_of(weights, m, count)};
+    given[m] = {rows_of(teachers[m], teachers[m]), grad, weight_of(weights, m, count)};
     in_double = in_double || given[m].logits.dtype == kd::DType::float64;
     if (grads & of_teacher)
       given[m].grad.data = static_cast<char*>(grad.data) +
