@@ -88,11 +88,21 @@ def test_the_summary_is_mean_and_deviation_over_seeds(folder):
 
 def test_the_page_tells_options_teacher_and_predictions(folder):
     text = plain(written(folder))
-    assert re.search(r"Options that differ .* method ce kd .* alpha 0\.9 ", text)
+    own = r"the method's own temperature 4\.0, alpha 0\.9 "
+    assert re.search(rf"Options that differ .* method ce kd .* seed 0 0 1 {own}", text)
     assert re.search(r"Teacher: mlp32 \(\d\d?\.\d\d % on test\)\.", text)
     assert re.search(r"teacher [✓✗] \d \d+ %", text)
     assert text.count("Drawn at random") == 2
     assert text.count("Gradient norms of the terms") == 2
+
+
+def test_runs_on_different_data_are_told_apart(folder, tmp_path):
+    other = shutil.copytree(folder / "ce", tmp_path / "ce")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"data": "sets/photos"}))
+    text = plain(written(other, folder / "kd"))
+    assert "on different data (digits, photos): their figures are not to be compared" in text
+    assert "different data" not in plain(written(folder))
 
 
 def test_a_single_run_has_no_comparison_of_options(folder):

@@ -47,6 +47,7 @@ def page(runs: Sequence[Run]) -> str:
         f'<p class="soft">{count} on {escape(", ".join(data))}; written by kdkernels on '
         f"{time.strftime('%Y-%m-%d')}.</p>",
         problems(runs),
+        mixed(data),
         summary(runs, styles),
         comparison(runs, styles),
         options(runs),
@@ -58,6 +59,16 @@ def page(runs: Sequence[Run]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         'content="width=device-width, initial-scale=1"><title>Distillation report</title>'
         f"<style>{style}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def mixed(data: Iterable[str]) -> str:
+    """A warning, if the runs are not on the same data."""
+    if len(names := {Path(path).name for path in data}) < 2:
+        return ""
+    return (
+        f'<div class="problems">The runs are on different data ({escape(", ".join(sorted(names)))})'
+        f": their figures are not to be compared.</div>"
     )
 
 
@@ -75,8 +86,15 @@ def summary(runs: Sequence[Run], styles: Sequence[str]) -> str:
         name = f'<span class="key {style}">{escape(run.label)}</span>'
         rows.append((name, seeds, dots, *means))
     header = ("method", "seeds", "test accuracy, %: ", *(f"{g}: {h}" for g, h, *_ in ROWS))
-    taught = dict.fromkeys(teachers(run) for run in runs if run.teachers)
-    by = f"Teacher: {'; or '.join(taught)}." if taught else ""
+    taught: dict[str, list[str]] = {}
+    for run in runs:
+        if run.teachers:
+            taught.setdefault(teachers(run), []).append(run.label)
+    by = "; ".join(
+        shown + (f", of {', '.join(labels)}" if len(taught) > 1 else "")
+        for shown, labels in taught.items()
+    )
+    by = f"Teacher: {by}." if by else ""
     notes = f'<p class="soft">{NOTE}</p><p class="soft">{escape(by)}</p>'
     return f"<h2>Summary</h2>{html.table(header, rows)}{notes}"
 
@@ -110,11 +128,22 @@ def options(runs: Sequence[Run]) -> str:
     configured = [run for run in runs if run.config]
     if len(configured) < 2:
         return ""
-    found = differences(configured)
+    every = set.intersection(*(set(run.config) for run in configured))
     rows = [
-        (f"<code>{escape(key)}</code>", *(escape(html.short(value)) for value in values))
-        for key, values in found.items()
+        (f"<code>{escape(key)}</code>", *(escape(html.shown(value)) for value in values))
+        for key, values in differences(configured).items()
+        if key in every
     ]
+    own = [
+        ", ".join(
+            f"{key} {html.shown(value)}"
+            for key, value in run.config.items()
+            if key not in every and value is not None
+        )
+        for run in configured
+    ]
+    if any(own):
+        rows.append(("the method's own", *map(escape, own)))
     note = "All other options are the same in all runs." if rows else "There are none."
     content = html.table(("", *(run.label for run in configured)), rows, style="text")
     return f'<h2>Options that differ</h2><p class="soft">{note}</p>{content if rows else ""}'

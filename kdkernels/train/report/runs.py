@@ -88,6 +88,7 @@ def _read(folder: Path) -> Run:
         return run
     try:
         run.config = checkpoint.read_json(folder / "config.json")
+        run.config.pop("options", None)  # the method's, among the others with their defaults
     except InputError:
         missing = not (folder / "config.json").exists()
         run.problems.append(

@@ -20,7 +20,8 @@ from kdkernels.train.report.terminal import ROWS, mean_and_std
 COMMON = {"accuracy", "ece", "agreement", "kl_to_teacher"}
 # Up to so many classes the confusion matrix is shown whole.
 MATRIX, PAIRS = 20, 10
-BINS = 15
+# Of the calibration chart; what fewer answers are right by chance is no share to show.
+BINS, FEW = 15, 10
 
 
 def run_section(run: Run, style: str) -> str:
@@ -36,7 +37,11 @@ def run_section(run: Run, style: str) -> str:
         parts += ["<h3>Training</h3>", html.figures(training(run))]
     found = [seed.predictions for seed in run.finished if seed.predictions]
     if found:
-        parts += ["<h3>Test images</h3>", html.figures(classes(found)), examples(found[0])]
+        parts += [
+            "<h3>Test images</h3>",
+            html.figures(classes(found), style="top"),
+            examples(found[0]),
+        ]
     if run.config:
         parts.append(html.folded("Resolved options", html.settings(run.config)))
     return "".join(parts)
@@ -136,9 +141,9 @@ def _lines(logs: Sequence[Sequence[dict]], part: str) -> dict[str, list[Points]]
 def _chart(title: str, note: str, lines: Mapping[str, list[Points]], *, log: bool = False) -> str:
     every = [point for several in lines.values() for line in several for point in line]
     chart = Chart(every, x="epoch", y=title, log=log)
-    for index, (name, several) in enumerate(lines.items()):
-        draw(chart, several, series(index), name)
-    names = [(series(index), name) for index, name in enumerate(lines)]
+    names = [(series(index), name.replace("_", " ")) for index, name in enumerate(lines)]
+    for (style, name), several in zip(names, lines.values(), strict=True):
+        draw(chart, several, style, name)
     return html.figure(title, (html.legend(names) if len(lines) > 1 else "") + chart.svg(), note)
 
 
@@ -186,7 +191,7 @@ def _reliability(found: Sequence[Predictions]) -> str:
         points = [
             (float(confidence[bins == b].mean()), float(right[bins == b].mean()))
             for b in range(BINS)
-            if (bins == b).any()
+            if (bins == b).sum() >= FEW
         ]
         chart.line(points, style, name)
     names = html.legend([(style, name) for style, name, *_ in parts])
@@ -222,7 +227,7 @@ def _matrix(names: Sequence[str], counts: np.ndarray) -> str:
         rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     content = f"<table class='matrix'><tr><th></th>{head}</tr>{''.join(rows)}</table>"
-    style = "wide" if len(names) > 10 else ""
+    style = "wide" if len(names) > 10 else "double"
     content = f'<div class="scroll">{content}</div>'
     return html.figure("Confusion", content, "rows are the true classes", style=style)
 
@@ -269,5 +274,5 @@ def _answer(
     right = chosen[position] == one.labels[position]
     style, mark = ("right", "✓") if right else ("wrong", "✗")
     name = escape(str(one.classes[chosen[position]]))
-    share = f"{100 * confidence[position]:.0f} %"
+    share = f"{100 * confidence[position]:.0f}\N{NO-BREAK SPACE}%"
     return f'{who} <span class="{style}">{mark} {name}</span> {share}'
