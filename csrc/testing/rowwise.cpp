@@ -67,7 +67,8 @@ void set_device(int capability, int multiprocessors, size_t shared_bytes, size_t
                                      shared_in_all ? shared_in_all : shared_bytes, shared_reserved};
 }
 void set_limits(int64_t warp, int64_t narrow, int threads, int warps, int slot_chunks) {
-  cuda::limits = {warp, narrow, threads, warps, slot_chunks};
+  cuda::limits.warp = warp, cuda::limits.narrow = narrow, cuda::limits.threads = threads;
+  cuda::limits.warps = warps, cuda::limits.slot_chunks = slot_chunks;
 }
 
 }  // namespace

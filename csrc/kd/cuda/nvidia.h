@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// device.h for a GPU: CUDA C++ and PTX, compiled by nvcc.
+// device.h for a GPU, on it: CUDA C++ and PTX, compiled by nvcc.
 #pragma once
 #include <cuda_runtime.h>
+#include <string.h>
 
-#include <map>
-#include <stdexcept>
-#include <string>
-#include <tuple>
 #include <type_traits>
 
 #define KD_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
@@ -38,13 +35,6 @@ KD_DEVICE int cluster_rank() {
 #endif
   return rank;
 }
-KD_DEVICE int cluster_size() {
-  int size = 1;
-#if KD_SM90
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-#endif
-  return size;
-}
 
 // Synchronisation and warps.
 
@@ -52,29 +42,15 @@ constexpr unsigned whole_warp = 0xffffffffu;
 
 KD_DEVICE void sync_block() { __syncthreads(); }
 KD_DEVICE void sync_warp() { __syncwarp(); }
-KD_DEVICE void cluster_arrive() {
+KD_DEVICE void sync_cluster() {
 #if KD_SM90
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-KD_DEVICE void cluster_wait() {
-#if KD_SM90
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-KD_DEVICE void sync_cluster() {
-  cluster_arrive();
-  cluster_wait();
-}
 
 template <class T>
-KD_DEVICE T shuffle(T v, int lane) { return __shfl_sync(whole_warp, v, lane); }
-template <class T>
 KD_DEVICE T shuffle_xor(T v, int mask) { return __shfl_xor_sync(whole_warp, v, mask); }
-template <class T>
-KD_DEVICE T shuffle_down(T v, int by) { return __shfl_down_sync(whole_warp, v, by); }
-KD_DEVICE bool vote_any(bool p) { return __any_sync(whole_warp, p); }
-KD_DEVICE bool vote_all(bool p) { return __all_sync(whole_warp, p); }
 KD_DEVICE uint32_t vote_bits(bool p) { return __ballot_sync(whole_warp, p); }
 
 KD_DEVICE void fence_device() { __threadfence(); }
@@ -130,11 +106,6 @@ struct Barrier {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(count) : "memory");
 #endif
   }
-  KD_DEVICE void arrive() const {
-#if KD_SM90
-    asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
-#endif
-  }
   KD_DEVICE void arrive_expecting(int bytes) const {
 #if KD_SM90
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;"
@@ -152,28 +123,6 @@ struct Barrier {
         "@!done bra WAIT_%=;\n}" ::"r"(address),
         "r"(parity)
         : "memory");
-#endif
-  }
-  KD_DEVICE void wait_cluster(int parity) const {
-#if KD_SM90
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "WAIT_%=:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra WAIT_%=;\n}" ::"r"(address),
-        "r"(parity)
-        : "memory");
-#endif
-  }
-};
-
-struct RemoteBarrier {
-  uint32_t address;  // in the cluster's shared memory
-
-  KD_DEVICE void arrive() const {
-#if KD_SM90
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address)
-                 : "memory");
 #endif
   }
 };
@@ -222,13 +171,6 @@ KD_DEVICE Shared<T> remote(Shared<T> a, int rank) {
 #endif
   return a;
 }
-KD_DEVICE uint32_t remote_address(uint32_t address, int rank) {
-#if KD_SM90
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
-#endif
-  return address;
-}
-KD_DEVICE RemoteBarrier remote(Barrier b, int rank) { return {remote_address(b.address, rank)}; }
 
 // Asynchronous copies.
 
@@ -243,58 +185,17 @@ KD_DEVICE void copy_async(Shared<T> to, const T* from, int n, Barrier barrier) {
       : "memory");
 #endif
 }
-template <class T>
-KD_DEVICE void send_async(Shared<T> to, int i, T v, Barrier barrier, int rank) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-#if KD_SM90
-  const uint32_t address = remote_address(shared_address(to.data + i), rank);
-  const uint32_t counter = remote_address(barrier.address, rank);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t bits;
-    memcpy(&bits, &v, 4);
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
-        "r"(bits), "r"(counter)
-        : "memory");
-  } else {
-    uint64_t bits;
-    memcpy(&bits, &v, 8);
-    asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address),
-        "l"(bits), "r"(counter)
-        : "memory");
-  }
-#endif
-}
 KD_DEVICE void fence_async() {
 #if KD_SM90
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-template <class T>
-KD_DEVICE void copy16_async(Shared<T> to, const T* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to.data)),
-               "l"(__cvta_generic_to_global(from))
-               : "memory");
-}
-KD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-KD_DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
 // Global memory.
 
 template <int N, class T>
 KD_DEVICE Pack<T, N> load(const T* p) {
   return from_word<T, N>(*(const Word<T, N>*)p);
-}
-template <int N, class T>
-KD_DEVICE Pack<T, N> load_once(const T* p) {
-  return from_word<T, N>(__ldcs((const Word<T, N>*)p));
-}
-template <class T, int N>
-KD_DEVICE void store(T* p, Pack<T, N> v) {
-  *(Word<T, N>*)p = to_word(v);
 }
 template <class T, int N>
 KD_DEVICE void store_once(T* p, Pack<T, N> v) {
@@ -303,26 +204,20 @@ KD_DEVICE void store_once(T* p, Pack<T, N> v) {
 
 // Numbers.
 
-KD_DEVICE float to_float(float x) { return x; }
-KD_DEVICE double to_float(double x) { return x; }
 KD_DEVICE float to_float(bfloat16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
 KD_DEVICE float to_float(float16 x) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
   return f;
 }
-template <class T, class S>
-KD_DEVICE T from_float(S x) {
-  if constexpr (sizeof(T) == 2) {
-    T out;
-    if constexpr (std::is_same_v<T, bfloat16>)
-      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"((float)x));
-    else
-      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"((float)x));
-    return out;
-  } else {
-    return (T)x;
-  }
+template <class T>
+KD_DEVICE T from_float(float x) {
+  T out;
+  if constexpr (std::is_same_v<T, bfloat16>)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+  else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+  return out;
 }
 
 KD_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
@@ -343,101 +238,6 @@ KD_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-KD_DEVICE float log2_approx(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-KD_DEVICE float reciprocal_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Host.
-
-inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("kdkernels: ") + what + ": " + cudaGetErrorString(status));
-}
-
-inline int current_device() {
-  int device = 0;
-  check(cudaGetDevice(&device), "which device");
-  return device;
-}
-
-// Of the current device; asked for once, since the queries cost as much as a launch.
-inline const Properties& properties() {
-  constexpr int most = 64;
-  static Properties known[most] = {};
-  const int device = current_device();
-  Properties& p = known[device % most];
-  if (p.capability == 0) {
-    const auto ask = [&](cudaDeviceAttr attribute) {
-      int value = 0;
-      check(cudaDeviceGetAttribute(&value, attribute, device), "device attributes");
-      return value;
-    };
-    p.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
-    p.shared_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    p.shared_in_all = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    p.shared_reserved = ask(cudaDevAttrReservedSharedMemoryPerBlock);
-    p.capability =
-        10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
-  }
-  return p;
-}
-
-// A launch as CUDA takes it, of a kernel that may ask for as much shared memory as there is.
-struct Config : cudaLaunchConfig_t {
-  cudaLaunchAttribute cluster;
-
-  Config(const void* kernel, const Launch& how) : cudaLaunchConfig_t{} {
-    if (how.shared_bytes > 48 * 1024)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 (int)properties().shared_bytes),
-            how.name);
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {(unsigned)how.cluster, 1, 1};
-    gridDim = dim3((unsigned)how.blocks);
-    blockDim = dim3((unsigned)how.threads);
-    dynamicSmemBytes = how.shared_bytes;
-    stream = (cudaStream_t)how.stream;
-    attrs = &cluster;
-    numAttrs = how.cluster > 1;
-  }
-  Config(const Config&) = delete;
-};
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Launch& how, const Arguments&... arguments) {
-  const Config config((const void*)kernel, how);
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), how.name);
-}
-
-// Asked for once, as properties().
-template <class... Parameters>
-int64_t resident(void (*kernel)(Parameters...), const Launch& how) {
-  using Layout = std::tuple<int, const void*, int, int, size_t>;
-  thread_local std::map<Layout, int64_t> known;
-  const void* function = (const void*)kernel;
-  const Layout layout(current_device(), function, how.threads, how.cluster, how.shared_bytes);
-  const auto found = known.find(layout);
-  if (found != known.end()) return found->second;
-  const Config config(function, how);
-  int n = 0;
-  if (how.cluster > 1) {
-    check(cudaOccupancyMaxActiveClusters(&n, function, &config), how.name);
-    n *= how.cluster;
-  } else {
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, function, how.threads,
-                                                        how.shared_bytes),
-          how.name);
-    n *= properties().multiprocessors;
-  }
-  return known[layout] = n;
 }
 
 }  // namespace kd::cuda

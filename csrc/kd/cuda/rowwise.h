@@ -7,13 +7,21 @@
 
 namespace kd::cuda {
 
-// Where one way of working on a row gives way to the next, in classes; not by measurements yet.
+// Where one way of working gives way to the next. No GPU has measured these: some are what registers
+// hold, the others guesses.
 struct RowwiseLimits {
-  int64_t warp = 500;      // up to here a warp has a row, and then a block
-  int64_t narrow = 3060;   // up to here a row is in registers
-  int threads = 192;       // of a block that has a row, at most
-  int warps = 4;           // of a block where each has one
-  int slot_chunks = 1024;  // of 4 classes, that one copy brings
+  // Classes up to which a warp has a row, and up to which a row is in the registers of its warp or
+  // block: 16 of a thread (held_chunks), less the 7 that may lie before the first.
+  int64_t warp = 16 * 32 - 7, narrow = 16 * 192 - 7;
+  int threads = 192;       // of a block that has a row: the registers of most_threads suffice for 2
+  int warps = 4;           // of a block where each has a row: a few, so that the last rows spread
+  int slot_chunks = 1024;  // of 4 classes, that one copy brings: 8 KiB, worth a barrier, and short
+                           // enough for the first sweep to begin early
+  // Rows that every group may count for itself: 32 bytes of flags a lane from L2, for a launch less.
+  int64_t few_rows = 4096;
+  // Blocks a multiprocessor of the kernel in double: several where it has all rows, to hide what it
+  // waits for; where it has the rare row, as few as find it soon.
+  int double_blocks = 8, rare_blocks = 2;
 };
 inline RowwiseLimits limits;
 

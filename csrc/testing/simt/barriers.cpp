@@ -48,6 +48,10 @@ void Machine::sync_warp(Site site) {
   if (meet(warp, warp_threads, "sync_warp", site)) synchronise(warp, site);
 }
 
+void Machine::sync_cluster(Site site) {
+  if (meet(cluster_, threads_.size(), "sync_cluster", site)) synchronise(cluster_, site);
+}
+
 uint64_t Machine::exchange(const char* what, uint64_t word, int source, Site site) {
   Thread& t = *current_;
   t.word = word;
@@ -70,33 +74,6 @@ uint64_t Machine::exchange(const char* what, uint64_t word, int source, Site sit
   return t.word;
 }
 
-void Machine::cluster_arrive(Site site) {
-  Thread& t = *current_;
-  if (t.arrived != t.waited) fail("arrives at the cluster's barrier again, not having waited, ", site);
-  t.arrived++;
-  t.site = site;
-  cluster_arriving_.add(t.known, t.now());
-  t.tick++;
-  if (++cluster_arrivals_ < threads_.size()) return;
-  cluster_arrivals_ = 0;
-  cluster_phase_++;
-  cluster_completed_ = cluster_arriving_.join();
-  for (Thread* waiting : cluster_waiting_) wake(*waiting);
-  cluster_waiting_.clear();
-}
-
-void Machine::cluster_wait(Site site) {
-  Thread& t = *current_;
-  if (t.arrived == t.waited) fail("waits at the cluster's barrier, without having arrived, ", site);
-  t.waited++;
-  if (cluster_phase_ < t.waited) {
-    cluster_waiting_.push_back(&t);
-    pause("cluster_wait", site);
-  }
-  t.site = site;
-  t.know(cluster_completed_);
-}
-
 // Barriers in shared memory.
 
 std::ostream& operator<<(std::ostream& out, const BarrierState& b) {
@@ -116,7 +93,8 @@ void Machine::init(size_t offset, int count) {
   b.agent = agents_++;
 }
 
-BarrierState& Machine::barrier(Block& block, size_t offset) {
+BarrierState& Machine::barrier(size_t offset) {
+  Block& block = *current_->block;
   const auto found = block.barriers.find(offset);
   if (found == block.barriers.end()) fail("uses a barrier that has not been initialised");
   BarrierState& b = found->second;
@@ -125,7 +103,6 @@ BarrierState& Machine::barrier(Block& block, size_t offset) {
     if (thread(b.initialised.agent)->fenced_barriers < b.initialised.tick)
       fail("uses ", b, ", which was initialised without fence_barriers");
   }
-  b.remote |= &block != current_->block;
   return b;
 }
 
@@ -149,21 +126,18 @@ void Machine::complete(BarrierState& b) {
   b.pending = b.count;
   b.completed = b.arriving.join();
   for (Thread* t : b.waiting) {
-    if (b.remote && !t->waits_for_cluster) fail(b, " needs wait_cluster: other blocks arrive");
     t->know(b.completed);
     wake(*t);
   }
   b.waiting.clear();
 }
 
-void Machine::wait(BarrierState& b, int parity, bool cluster, Site site) {
+void Machine::wait(BarrierState& b, int parity, Site site) {
   Thread& t = *current_;
-  t.waits_for_cluster = cluster;
   if ((int)(b.phase & 1) == parity) {
     b.waiting.push_back(&t);
-    pause(cluster ? "wait_cluster" : "wait", site);
+    pause("wait", site);
   } else if (b.completed) {
-    if (b.remote && !cluster) fail(b, " needs wait_cluster: other blocks arrive");
     t.know(b.completed);
   }
   t.site = site;
@@ -172,15 +146,9 @@ void Machine::wait(BarrierState& b, int parity, bool cluster, Site site) {
 // Asynchronous copies.
 
 void Machine::issue(Copy copy) {
-  Thread& t = *current_;
-  if (copy.barrier) {
-    copy.agent = {copy.barrier->agent, ++copy.barrier->copies};
-    copy.barrier->flying++;
-  } else {
-    t.last_group = t.group;
-    copy.agent = copies(t, t.group);
-  }
-  copy.to->write_async(copy.first, copy.n, copy.agent, copy.barrier && copy.from);
+  copy.agent = {copy.barrier->agent, ++copy.barrier->copies};
+  copy.barrier->flying++;
+  copy.to->write_async(copy.first, copy.n, copy.agent);
   memset(copy.to->at(copy.first), 0xff, (size_t)copy.n * copy.to->element);
   flying_.push_back(copy);
 }
@@ -192,26 +160,12 @@ void Machine::land(size_t i) {
   const Block& block = *copy.to->block;
   if (!block.alive) fail("a copy lands in block ", block.index, ", which has ended");
   const size_t bytes = (size_t)copy.n * copy.to->element;
-  memcpy(copy.to->at(copy.first), copy.from ? copy.from : &copy.word, bytes);
-  if (!copy.barrier) return;
+  memcpy(copy.to->at(copy.first), copy.from, bytes);
   BarrierState& b = *copy.barrier;
   b.flying--;
   b.bytes -= (int64_t)bytes;
   b.arriving.add(copy.agent);
   complete(b);
-}
-
-void Machine::wait_copies(uint32_t groups_left) {
-  Thread& t = *current_;
-  const uint32_t committed = t.group - 1;
-  const Epoch last = copies(t, committed > groups_left ? committed - groups_left : 0);
-  for (size_t i = flying_.size(); i-- > 0;) {
-    const Epoch agent = flying_[i].agent;
-    if (agent.agent == last.agent && agent.tick <= last.tick) land(i);
-  }
-  Gathering landed;
-  landed.add(t.known, last);
-  t.known = landed.join();
 }
 
 }  // namespace kd::cuda::simt

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// device.h for the simulator: the same names as in kd/cuda/nvidia.h, for any C++17 compiler.
+// device.h for the simulator: the same names as in kd/cuda/nvidia*.h, for any C++17 compiler.
 #pragma once
 #include <math.h>
 #include <string.h>
@@ -26,18 +26,12 @@ inline int grid_blocks() { return (int)simt::machine->how().blocks; }
 inline int lane_index() { return thread_index() % warp_threads; }
 inline int warp_index() { return thread_index() / warp_threads; }
 inline int cluster_rank() { return simt::here().block->rank; }
-inline int cluster_size() { return simt::machine->how().cluster; }
 
 // Synchronisation and warps.
 
 inline void sync_block(KD_HERE) { simt::machine->sync_block(site); }
 inline void sync_warp(KD_HERE) { simt::machine->sync_warp(site); }
-inline void cluster_arrive(KD_HERE) { simt::machine->cluster_arrive(site); }
-inline void cluster_wait(KD_HERE) { simt::machine->cluster_wait(site); }
-inline void sync_cluster(KD_HERE) {
-  cluster_arrive(site);
-  cluster_wait(site);
-}
+inline void sync_cluster(KD_HERE) { simt::machine->sync_cluster(site); }
 
 namespace simt {
 template <class T>
@@ -52,23 +46,12 @@ T exchange(const char* what, T v, int source, Site site) {
 }  // namespace simt
 
 template <class T>
-T shuffle(T v, int lane, KD_HERE) {
-  return simt::exchange("shuffle", v, lane & 31, site);
-}
-template <class T>
 T shuffle_xor(T v, int mask, KD_HERE) {
   return simt::exchange("shuffle_xor", v, (lane_index() ^ mask) & 31, site);
-}
-template <class T>
-T shuffle_down(T v, int by, KD_HERE) {
-  const int lane = lane_index();
-  return simt::exchange("shuffle_down", v, lane + by < warp_threads ? lane + by : lane, site);
 }
 inline uint32_t vote_bits(bool p, KD_HERE) {
   return (uint32_t)simt::machine->exchange("vote", p, -1, site);
 }
-inline bool vote_any(bool p, KD_HERE) { return vote_bits(p, site) != 0; }
-inline bool vote_all(bool p, KD_HERE) { return vote_bits(p, site) == ~0u; }
 
 inline void fence_device() {}
 template <class T>
@@ -91,9 +74,6 @@ struct Shared {
     operator T() const { return array_.template get<T>(i_, 1); }
     T operator=(T v) const { return array_.set(i_, 1, v), v; }
     T operator=(const Element& e) const { return *this = T(e); }
-    T operator+=(T v) const { return *this = T(*this) + v; }
-    T operator-=(T v) const { return *this = T(*this) - v; }
-    T operator*=(T v) const { return *this = T(*this) * v; }
 
    private:
     const Shared& array_;
@@ -139,27 +119,16 @@ struct Shared {
   }
 };
 
-struct RemoteBarrier {
-  simt::Block* block;
-  size_t offset;
-
-  void arrive(KD_HERE) const {
-    simt::machine->arrive(simt::machine->barrier(*block, offset), 0, site);
-  }
-};
-
 struct Barrier {
   size_t offset;
 
   void init(int count) const { simt::machine->init(offset, count); }
-  void arrive(KD_HERE) const { arrive_expecting(0, site); }
   void arrive_expecting(int bytes, KD_HERE) const {
     simt::machine->arrive(state(), bytes, site);
   }
-  void wait(int parity, KD_HERE) const { simt::machine->wait(state(), parity, false, site); }
-  void wait_cluster(int parity, KD_HERE) const { simt::machine->wait(state(), parity, true, site); }
+  void wait(int parity, KD_HERE) const { simt::machine->wait(state(), parity, site); }
   simt::BarrierState& state() const {
-    return simt::machine->barrier(*simt::here().block, offset);
+    return simt::machine->barrier(offset);
   }
 };
 
@@ -210,9 +179,6 @@ Shared<T> remote(Shared<T> a, int rank) {
   const simt::Region& own = *a.region;
   return {&simt::machine->block(rank).region(own.offset, own.count, own.element), a.first, a.count};
 }
-inline RemoteBarrier remote(Barrier b, int rank) {
-  return {&simt::machine->block(rank), b.offset};
-}
 
 // Asynchronous copies.
 
@@ -220,43 +186,19 @@ namespace simt {
 inline void need_aligned(const void* p, size_t bytes) {
   if ((uintptr_t)p % bytes) fail("needs an address aligned to ", bytes, " bytes");
 }
-template <class T>
-void issue(Shared<T> to, const T* from, int n, BarrierState* barrier) {
-  if (n < 1 || n > to.count) to.outside(0, n);
-  need_aligned(from, 16);
-  if (n * sizeof(T) % 16 || (to.region->offset + to.first * sizeof(T)) % 16)
-    fail("copies by whole and aligned 16 bytes only");
-  machine->issue({to.region, to.first, n, from, 0, barrier});
-}
 }  // namespace simt
 
 template <class T>
 void copy_async(Shared<T> to, const T* from, int n, Barrier barrier) {
-  simt::issue(to, from, n, &barrier.state());
-}
-template <class T>
-void send_async(Shared<T> to, int i, T v, Barrier barrier, int rank) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  const Shared<T> there = remote(to, rank);
-  if (i < 0 || i >= to.count) to.outside(i, 1);
-  uint64_t word = 0;
-  memcpy(&word, &v, sizeof(T));
-  simt::BarrierState& counter = simt::machine->barrier(simt::machine->block(rank), barrier.offset);
-  simt::machine->issue({there.region, there.first + i, 1, nullptr, word, &counter});
+  if (n < 1 || n > to.count) to.outside(0, n);
+  simt::need_aligned(from, 16);
+  if (n * sizeof(T) % 16 || (to.region->offset + to.first * sizeof(T)) % 16)
+    simt::fail("copies by whole and aligned 16 bytes only");
+  simt::machine->issue({to.region, to.first, n, from, &barrier.state()});
 }
 inline void fence_async() {
   simt::Thread& t = simt::here();
   t.fenced = t.tick++;
-}
-
-template <class T>
-void copy16_async(Shared<T> to, const T* from) {
-  simt::issue(to, from, 16 / sizeof(T), nullptr);
-}
-inline void commit_copies() { simt::here().group++; }
-template <int N>
-void wait_copies() {
-  simt::machine->wait_copies(N);
 }
 
 // Global memory.
@@ -268,18 +210,10 @@ Pack<T, N> load(const T* p) {
   memcpy(&v, p, sizeof(v));
   return v;
 }
-template <int N, class T>
-Pack<T, N> load_once(const T* p) {
-  return load<N>(p);
-}
-template <class T, int N>
-void store(T* p, Pack<T, N> v) {
-  simt::need_aligned(p, sizeof(T) * N);
-  memcpy(p, &v, sizeof(v));
-}
 template <class T, int N>
 void store_once(T* p, Pack<T, N> v) {
-  store(p, v);
+  simt::need_aligned(p, sizeof(T) * N);
+  memcpy(p, &v, sizeof(v));
 }
 
 // Numbers.
@@ -296,18 +230,12 @@ inline float approximate(float y, uint32_t seed) {
 }
 }  // namespace simt
 
-inline float to_float(float x) { return x; }
-inline double to_float(double x) { return x; }
 inline float to_float(bfloat16 x) { return simt::from_bfloat16(x.bits); }
 inline float to_float(float16 x) { return simt::from_float16(x.bits); }
-template <class T, class S>
-T from_float(S x) {
-  if constexpr (std::is_same_v<T, bfloat16>)
-    return {simt::to_bfloat16((float)x)};
-  else if constexpr (std::is_same_v<T, float16>)
-    return {simt::to_float16((float)x)};
-  else
-    return (T)x;
+template <class T>
+T from_float(float x) {
+  if constexpr (std::is_same_v<T, bfloat16>) return {simt::to_bfloat16(x)};
+  else return {simt::to_float16(x)};
 }
 
 template <class S>
@@ -317,8 +245,6 @@ S smaller(S a, S b) { return b < a || a != a ? b : a; }
 inline float larger_or_nan(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
 inline float smaller_or_nan(float a, float b) { return a != a ? a : b != b ? b : a < b ? a : b; }
 inline float exp2_approx(float x) { return simt::approximate(exp2f(x), simt::to_bits(x)); }
-inline float log2_approx(float x) { return simt::approximate(log2f(x), simt::to_bits(x)); }
-inline float reciprocal_approx(float x) { return 1 / x; }
 
 // Host.
 

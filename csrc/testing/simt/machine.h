@@ -53,10 +53,7 @@ struct Thread {
 
   uint64_t word = 0;  // of a warp's exchange: given, then received
   int source = 0;
-  uint32_t arrived = 0, waited = 0;          // at the cluster's barrier: how often
-  bool waits_for_cluster = false;            // in Barrier::wait_cluster
   uint32_t fenced = 0, fenced_barriers = 0;  // the tick up to which its writes, its inits are
-  uint32_t group = 1, last_group = 0;        // of copies: open; the last that is not empty
 
   Epoch now() const { return {id, tick}; }
   void know(const Clock& clock);
@@ -81,8 +78,8 @@ struct Region {
   // By the current thread, which may be of another block; check lifetime and races.
   void read(int first, int n);
   void write(int first, int n);
-  // By a copy that the current thread issues; a bulk copy needs earlier writes fenced.
-  void write_async(int first, int n, Epoch copy, bool bulk);
+  // By a copy that the current thread issues; earlier writes have to be fenced.
+  void write_async(int first, int n, Epoch copy);
   char* at(int i) { return data + (size_t)i * element; }
 
  private:
@@ -101,7 +98,6 @@ struct BarrierState {
   int flying = 0;      // of those
   int64_t bytes = 0;   // expected and not landed
   uint32_t phase = 0;
-  bool remote = false;  // another block has taken part
   Gathering arriving;
   Clock completed;  // of the phase before
   std::vector<Thread*> waiting;
@@ -111,9 +107,8 @@ std::ostream& operator<<(std::ostream&, const BarrierState&);
 struct Copy {  // in flight
   Region* to;
   int first, n;
-  const void* from;  // or null: `word`
-  uint64_t word;
-  BarrierState* barrier;  // or null: of a group of its thread
+  const void* from;
+  BarrierState* barrier;
   Epoch agent{0, 0};
 };
 
@@ -145,18 +140,16 @@ class Machine {
 
   void sync_block(Site);
   void sync_warp(Site);
-  void cluster_arrive(Site);
-  void cluster_wait(Site);
+  void sync_cluster(Site);
   // Every lane gives a word and gets that of lane `source`; or for source -1, which lanes gave
   // another one than 0.
   uint64_t exchange(const char* what, uint64_t word, int source, Site);
 
   void init(size_t offset, int count);
-  BarrierState& barrier(Block& block, size_t offset);
+  BarrierState& barrier(size_t offset);
   void arrive(BarrierState& b, int bytes, Site);
-  void wait(BarrierState& b, int parity, bool cluster, Site);
+  void wait(BarrierState& b, int parity, Site);
   void issue(Copy copy);
-  void wait_copies(uint32_t groups_left);
 
  private:
   static void entry();
@@ -172,9 +165,6 @@ class Machine {
   void synchronise(Meeting& meeting, Site site);
   void land(size_t i);
   void complete(BarrierState& b);
-  Epoch copies(const Thread& t, uint32_t group) const {
-    return {(uint32_t)threads_.size() + t.id, group};
-  }
 
   const Launch how_;
   const std::function<void()>& body_;
@@ -184,14 +174,10 @@ class Machine {
   std::vector<Thread*> ready_;
   std::vector<Copy> flying_;
   size_t alive_ = 0;
-  uint32_t agents_ = 0;  // threads, each one's groups of copies, each barrier's copies
+  uint32_t agents_ = 0;  // threads, each barrier's copies
   Joiner joiner_;
 
-  size_t cluster_arrivals_ = 0;
-  uint32_t cluster_phase_ = 0;
-  Gathering cluster_arriving_;
-  Clock cluster_completed_;
-  Meeting cluster_waiting_;
+  Meeting cluster_;
 
   Fiber main_;
   Thread* current_ = nullptr;

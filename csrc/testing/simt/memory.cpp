@@ -71,8 +71,8 @@ void Region::write(int first, int n) {
   }
 }
 
-void Region::write_async(int first, int n, Epoch copy, bool bulk) {
-  for (int i = first; bulk && i < first + n; i++) {
+void Region::write_async(int first, int n, Epoch copy) {
+  for (int i = first; i < first + n; i++) {
     const Epoch written = cells[i].written;
     const Thread* writer = written.tick ? machine->thread(written.agent) : nullptr;
     if (writer && writer->fenced < written.tick)

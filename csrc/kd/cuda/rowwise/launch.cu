@@ -16,7 +16,6 @@ KD_DIVERGENCES(KD_DECLARE)
 
 namespace {
 
-constexpr int64_t few_rows = 4096;  // that every group may count for itself
 constexpr int64_t most_classes = (int64_t)1 << 30;  // an int counts those of a row
 
 KD_KERNEL(most_threads, 1) void prepare(KD_PARAM RowwiseCall p) {
@@ -81,7 +80,8 @@ void plan(RowwiseCall& p) {
   const int64_t blocks = (p.rows + groups_a_block - 1) / groups_a_block;
   const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b > 0 ? b : 1; };
   p.blocks = at_most(blocks, resident(p) / p.cluster) * p.cluster;
-  p.double_blocks = at_most(blocks, device.multiprocessors * (p.in_double() ? 8 : 2));
+  p.double_blocks = at_most(blocks, device.multiprocessors *
+                                        (p.in_double() ? limits.double_blocks : limits.rare_blocks));
   p.groups = p.blocks / p.cluster * groups_a_block;
   p.double_groups = p.double_blocks * groups_a_block;
 }
@@ -92,7 +92,7 @@ void rowwise(const RowwiseCall& call, void* stream) {
     throw std::runtime_error("kdkernels: no loss has this target with this divergence");
   if (p.classes >= most_classes) throw std::runtime_error("kdkernels: too many classes for CUDA");
   if (!p.rows) return;
-  if (p.rows <= few_rows || !p.counted) p.count = nullptr;
+  if (p.rows <= limits.few_rows || !p.counted) p.count = nullptr;
   if (p.count || p.in_double()) {
     SharedMemory memory;
     memory.take<double>(Group::shared_numbers(most_threads, 1));
