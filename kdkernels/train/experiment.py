@@ -29,15 +29,14 @@ from kdkernels.train.config import Config, option
 from kdkernels.train.data import Batches, Dataset, load_data
 from kdkernels.train.devices import make_fabric, on_first, predict_together
 from kdkernels.train.errors import InputError
-from kdkernels.train.learner import dry_run
+from kdkernels.train.learner import acquaint
 from kdkernels.train.logs import require_tensorboard
 from kdkernels.train.loop import fit
 from kdkernels.train.methods import METHODS, Composite, Method, Run
 from kdkernels.train.metrics import accuracy, summarise
 from kdkernels.train.models import build_model
 from kdkernels.train.state import whole
-from kdkernels.train.taps import Tapped
-from kdkernels.train.teachers import Teacher, Teachers
+from kdkernels.train.teachers import Teacher
 
 
 def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -158,10 +157,7 @@ def rehearse(
     steps_per_epoch = max(len(data.train) // config.batch_size, 1)
     steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
     method.begin(Run(data, steps, steps_per_epoch))
-    trained = method.course.wrap(student)
-    student_taps, *teacher_taps = method.taps(trained, teachers)
-    network = Tapped(trained, student_taps, what="student")
-    dry_run(method, network, Teachers(fabric, teachers, teacher_taps), data)
+    acquaint(fabric, method, method.course.wrap(student), teachers, data)
     teacher_cache.form_of(method, config, len(data.classes))
 
 

@@ -93,6 +93,21 @@ def gradient_norms(
     return norms
 
 
+def acquaint(
+    fabric: Fabric,
+    method: Method,
+    trained: nn.Module,
+    networks: Sequence[nn.Module],
+    data: Dataset | LoaderData,
+) -> tuple[Tapped, Teachers]:
+    """The student and its teachers tapped where the method wants, which has seen their outputs."""
+    student_taps, *teacher_taps = method.taps(trained, networks)
+    student = Tapped(trained, student_taps, what="student")
+    teachers = Teachers(fabric, networks, teacher_taps)
+    dry_run(method, student, teachers, data)
+    return student, teachers
+
+
 def dry_run(
     method: Method, student: nn.Module, teachers: Teachers, data: Dataset | LoaderData
 ) -> None:

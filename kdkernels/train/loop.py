@@ -32,15 +32,13 @@ from kdkernels.train.devices import (
     share_buffers,
     unsharded,
 )
-from kdkernels.train.learner import Learner, dry_run
+from kdkernels.train.learner import Learner, acquaint
 from kdkernels.train.logs import Log
 from kdkernels.train.methods import Method, Run
 from kdkernels.train.metrics import accuracy, measure
 from kdkernels.train.optimizer import make_optimizer, set_lr
 from kdkernels.train.records import Tally, close_epoch, require_finite, results
 from kdkernels.train.state import State, load_weights, restore, save
-from kdkernels.train.taps import Tapped
-from kdkernels.train.teachers import Teachers
 
 # Steps after which losses and their gradients are looked at: seldom enough to cost nothing, and
 # what is no number ends a run long before the end of a long epoch.
@@ -64,30 +62,14 @@ def fit(
     ``checkpoint.pt`` and ``log.jsonl`` into ``out`` and goes on from a checkpoint found there.
     """
     device, predict = fabric.device, partial(predict_together, fabric)
-    if isinstance(data, LoaderData):
-        batches = LoaderBatches(data, device)
-    else:
-        batches = Batches(
-            data,
-            batch_size=config.batch_size,
-            augment=config.augment,
-            augment_seed=config.augment_seed,
-            distinct_views=config.cache_views,
-            mixup=config.mixup,
-            seed=seed,
-            device=device,
-            shares=config.accumulate * fabric.world_size,
-        )
+    batches = batches_of(data, config, seed, fabric)
     last_step = min(config.epochs * batches.per_epoch, config.max_steps or math.inf)
     group = dist.group.WORLD if fabric.world_size > 1 else None
     method.begin(Run(data, last_step, batches.per_epoch, group))
     course = method.course
     trained = course.wrap(student)
     average = Average(fabric, trained, config.ema) if config.ema else None
-    student_taps, *teacher_taps = method.taps(trained, teachers)
-    network = Tapped(trained, student_taps, what="student")
-    teachers = Teachers(fabric, teachers, teacher_taps)
-    dry_run(method, network, teachers, data)
+    network, teachers = acquaint(fabric, method, trained, teachers, data)
     if config.compile:
         as_they_are = config.teacher_cache or device.type == "cpu"
         for tapped in (network, *(() if as_they_are else (t.network for t in teachers))):
@@ -188,3 +170,22 @@ def fit(
     size = sum(parameter.numel() for parameter in student.parameters())
     about = {"seed": seed, "model": config.student, "parameters": size}
     return about | results(state, test, last_accuracy) | answers.cost
+
+
+def batches_of(
+    data: Dataset | LoaderData, config: Config, seed: int, fabric: Fabric
+) -> Batches | LoaderBatches:
+    """The training batches, one for every step."""
+    if isinstance(data, LoaderData):
+        return LoaderBatches(data, fabric.device)
+    return Batches(
+        data,
+        batch_size=config.batch_size,
+        augment=config.augment,
+        augment_seed=config.augment_seed,
+        distinct_views=config.cache_views,
+        mixup=config.mixup,
+        seed=seed,
+        device=fabric.device,
+        shares=config.accumulate * fabric.world_size,
+    )
