@@ -66,10 +66,27 @@ inline void centre(const Relation& p, const Embeddings& x, int64_t block) {
   for (int d = 0; d < n; d++) x.mean[first + d] = sums[d] / p.rows;
 }
 
+// Of as many vectors as they have lanes: each round interleaves the first half with the second.
+template <class V>
+KD_FN void transpose(V (&rows)[Lanes<V>::count]) {
+  constexpr int n = Lanes<V>::count;
+  typename Lanes<V>::I low, high;
+  for (int l = 0; l < n; l++) low[l] = l / 2 + l % 2 * n, high[l] = low[l] + n / 2;
+  for (int round = 1; round < n; round *= 2) {
+    V mixed[n];
+    for (int i = 0; i < n / 2; i++) {
+      mixed[2 * i] = __builtin_shuffle(rows[i], rows[i + n / 2], low);
+      mixed[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + n / 2], high);
+    }
+    for (int i = 0; i < n; i++) rows[i] = mixed[i];
+  }
+}
+
 // `relation_rows` rows, column by column in panels.
 template <class S>
 void pack(const Relation& p, const Embeddings& x, int64_t group) {
-  constexpr int wide = panel<S>;
+  using V = typename VectorOf<S>::V;
+  constexpr int wide = panel<S>, square = Lanes<V>::count;
   S scratch[wide][relation_columns];
   const S* rows[wide];
   for (int64_t i = group * relation_rows; i < (group + 1) * relation_rows; i += wide)
@@ -82,10 +99,17 @@ void pack(const Relation& p, const Embeddings& x, int64_t group) {
         else __builtin_memset(scratch[r], 0, sizeof scratch[r]);
       }
       S* to = (S*)x.panels + i * x.width + first * wide;
-      for (int d = 0; d < n; d++, to += wide)
-        for (int r = 0; r < wide; r++) to[r] = rows[r][d];
+      int d = 0;
+      for (; d + square <= n; d += square)
+        for (int half = 0; half < wide; half += square) {
+          V tile[square];
+          for (int r = 0; r < square; r++) tile[r] = load<V>(rows[half + r] + d);
+          transpose(tile);
+          for (int c = 0; c < square; c++) store(to + (d + c) * wide + half, tile[c]);
+        }
+      for (; d < n; d++)
+        for (int r = 0; r < wide; r++) to[d * wide + r] = rows[r][d];
       if (!x.mean) continue;
-      to -= n * wide;
       for (int r = 0; r < wide && i + r < p.rows; r++)
         for (int d = 0; d < n; d++) to[d * wide + r] -= S(x.mean[first + d]);
     }
