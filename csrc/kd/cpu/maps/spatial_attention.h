@@ -26,13 +26,32 @@ KD_FN double sum_over(int64_t positions, const F& f) {
   return total;
 }
 
-// mean_c F^power of sample b, (P,); returns its Euclidean norm.
+// In double, since squares of large attention are beyond fp32; in several chains, each of which waits
+// for itself.
+template <class S>
+KD_FN double squares_of(const S* x, int64_t n) {
+  constexpr int chains = 4, step = Lanes<vd>::count;
+  alignas(64) double wide[block];
+  vd sums[chains] = {};
+  for_blocks(n, [&](int64_t first, int size) {
+    const int padded = (size + chains * step - 1) / (chains * step) * chains * step;
+    for (int i = 0; i < size; i++) wide[i] = x[first + i];
+    for (int i = size; i < padded; i++) wide[i] = 0;
+    for (int i = 0; i < padded; i += chains * step)
+      for (int c = 0; c < chains; c++) {
+        const vd v = load<vd>(wide + i + c * step);
+        sums[c] += v * v;
+      }
+  });
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// sum_c F^power of sample b, (P,); returns its Euclidean norm.
 template <class S>
 KD_FN double attention_of(const Maps& maps, int64_t b, int64_t power, S* out) {
   using V = typename VectorOf<S>::V;
   alignas(64) S scratch[block];
   const int64_t channels = maps.channels, positions = maps.positions;
-  const S mean = S(1.0 / channels);
   if (maps.channels_last) {
     for (int64_t p = 0; p < positions; p++) {
       const RowReader<S> row{maps.rows, (b * positions + p) * channels};
@@ -41,33 +60,22 @@ KD_FN double attention_of(const Maps& maps, int64_t b, int64_t power, S* out) {
         const S* f = row.get(first, n, scratch);
         sweep<V>(n, [&](int i, auto w) { sums += raised(read<V>(f + i, w, S(0)), power); });
       });
-      out[p] = sum(sums) * mean;
+      out[p] = sum(sums);
     }
   } else {
     for_blocks(positions, [&](int64_t first, int n) {
       S* to = out + first;
-      for (int i = 0; i < n; i++) to[i] = 0;
       for (int64_t c = 0; c < channels; c++) {
         const RowReader<S> row{maps.rows, (b * channels + c) * positions};
         const S* f = row.get(first, n, scratch);
         sweep<V>(n, [&](int i, auto w) {
-          write<V>(to + i, w, read<V>(to + i, w, S(0)) + raised(read<V>(f + i, w, S(0)), power));
+          const V x = raised(read<V>(f + i, w, S(0)), power);
+          write<V>(to + i, w, c ? read<V>(to + i, w, S(0)) + x : x);
         });
       }
-      for (int i = 0; i < n; i++) to[i] *= mean;
     });
   }
-  double square = 0;
-  for_blocks(positions, [&](int64_t first, int n) {
-    // In double, since squares of large attention are beyond fp32.
-    alignas(64) double wide[block];
-    for (int i = 0; i < n; i++) wide[i] = out[first + i];
-    square += sum_over<vd>(n, [&](int64_t i, auto w) {
-      const vd x = read<vd>(wide + i, w, 0.0);
-      return x * x;
-    });
-  });
-  return __builtin_sqrt(square);
+  return __builtin_sqrt(squares_of(out, positions));
 }
 
 // From d loss / d F^power's mean (P,) to the gradient of sample b.
@@ -108,17 +116,17 @@ KD_FN void attention_sample(const SpatialAttentionParams& p, int64_t b, S* maps)
   const Maps* const given[2] = {&p.student, &p.teacher};
   const Maps* const grads[2] = {&p.grad_student, &p.grad_teacher};
   double norm[2];
+  S rate[2];  // from the sums to the normalised means
   for (int side = 0; side < 2; side++) {
-    norm[side] = attention_of(*given[side], b, p.power, a[side]);
-    const S inverse = S(1 / (norm[side] > eps ? norm[side] : eps));
-    for (int64_t i = 0; i < positions; i++) a[side][i] *= inverse;
+    const double mean = 1.0 / given[side]->channels;
+    norm[side] = mean * attention_of(*given[side], b, p.power, a[side]);
+    rate[side] = S(mean / (norm[side] > eps ? norm[side] : eps));
   }
   using V = typename VectorOf<S>::V;
-  const auto difference = [&](int64_t i, auto w) {
-    return read<V>(a[0] + i, w, S(0)) - read<V>(a[1] + i, w, S(0));
-  };
   double loss = sum_over<V>(positions, [&](int64_t i, auto w) {
-    const V d = difference(i, w);
+    const V s = read<V>(a[0] + i, w, S(0)) * rate[0], t = read<V>(a[1] + i, w, S(0)) * rate[1];
+    write<V>(a[0] + i, w, s), write<V>(a[1] + i, w, t);
+    const V d = s - t;
     return p.distance == absolute ? magnitude(d) : d * d;
   });
   if (p.distance == norm_of_it) loss = __builtin_sqrt(loss);
@@ -129,19 +137,26 @@ KD_FN void attention_sample(const SpatialAttentionParams& p, int64_t b, S* maps)
   for (int side = 0; side < 2; side++) {
     if (!grads[side]->rows.data) continue;
     const double sign = side ? -unit : unit;
-    // Of the gradient to a, on a: normalising takes it away.
-    const double on_a = sum_over<V>(positions, [&](int64_t i, auto w) {
-      const V d = difference(i, w), zero{}, one = all<V>(S(1));
+    const auto to_a = [&](int64_t i, auto w) {
+      const V d = read<V>(a[0] + i, w, S(0)) - read<V>(a[1] + i, w, S(0));
+      const V zero{}, one = all<V>(S(1));
       const V step = select(d > zero, one, select(d < zero, -one, zero));
-      const V to_a = (p.distance == absolute ? step : d) * S(sign);
-      write<V>(g[side] + i, w, to_a);
-      return to_a * read<V>(a[side] + i, w, S(0));
+      return (p.distance == absolute ? step : d) * S(sign);
+    };
+    // Of that gradient, on a: normalising takes it away.
+    const double on_a = sum_over<V>(positions, [&](int64_t i, auto w) {
+      return to_a(i, w) * read<V>(a[side] + i, w, S(0));
     });
     const bool clamped = !(norm[side] > eps);
     const S along = S(clamped ? 0 : on_a);
     const S inverse = S(norm[side] == 0 ? 0 : 1 / (clamped ? eps : norm[side]));
-    for (int64_t i = 0; i < positions; i++)
-      g[side][i] = (g[side][i] - along * a[side][i]) * inverse;
+    for_blocks(positions, [&](int64_t first, int n) {
+      sweep<V>(n, [&](int k, auto w) {
+        const int64_t i = first + k;
+        const V own = read<V>(a[side] + i, w, S(0));
+        write<V>(g[side] + i, w, (to_a(i, w) - along * own) * inverse);
+      });
+    });
     emit_attention(*given[side], *grads[side], b, p.power, g[side]);
   }
 }
