@@ -55,7 +55,7 @@ class LoaderSplit:
 
     def set_random_state(self, states: Sequence[Tensor]) -> None:
         """Put its generators back where they were."""
-        generators = list(_generators(self.loader))
+        generators = _generators(self.loader)
         if len(generators) != len(states):
             raise InputError(
                 f"{self.part} loader: expected {len(states)} generators in it as when the run "
@@ -157,10 +157,12 @@ def shape_of(split: LoaderSplit) -> tuple[int, int, int]:
     return (*images.shape[2:], images.shape[1])
 
 
-def _generators(part: Any) -> Iterator[torch.Generator]:
+def _generators(loader: DataLoader) -> list[torch.Generator]:
     """Those of a loader, and of the samplers and data sets that it is made of."""
-    own = getattr(part, "__dict__", {})
-    yield from (value for value in own.values() if isinstance(value, torch.Generator))
-    for name in ("sampler", "batch_sampler", "dataset"):
-        if name in own:
-            yield from _generators(own[name])
+    found, parts = [], [loader]
+    for part in parts:  # which grow on the way
+        own = getattr(part, "__dict__", {})
+        found += [value for value in own.values() if isinstance(value, torch.Generator)]
+        inner = [own[name] for name in ("sampler", "batch_sampler", "dataset") if name in own]
+        parts += [one for one in inner if all(one is not known for known in parts)]
+    return found
