@@ -54,7 +54,8 @@ struct ForwardKL : Unchanged {  // sum p_t log(p_t / p_s)
   template <class V, class M, class S>
   static KD_FN Terms<V> terms(const Sides<V, M>& c, Shape<S>) {
     const V weighted = c.q * c.finite_d;
-    return {select(c.near, c.gap * c.finite_d - c.p_excess, weighted - c.gap), -c.gap, weighted};
+    const V value = select(c.near, c.gap, c.q) * c.finite_d - select(c.near, c.p_excess, c.gap);
+    return {value, -c.gap, weighted};
   }
 };
 

@@ -3,11 +3,12 @@
 // level's namespace, after simd.h and staging.h.
 
 struct Whole {};
+struct Finite : Whole {};  // and no class is off
 struct Part { int n; };
-template <class V, class Body>
+template <class V, class W = Whole, class Body>
 KD_FN void sweep(int n, const Body& body) {
   int i = 0;
-  for (; i + Lanes<V>::count <= n; i += Lanes<V>::count) body(i, Whole{});
+  for (; i + Lanes<V>::count <= n; i += Lanes<V>::count) body(i, W{});
   if (i < n) body(i, Part{n - i});
 }
 template <class Body>
@@ -28,3 +29,5 @@ template <class V, class S, class W>
 KD_FN V read_logits(const S* p, W w) {
   return at_least(read<V>(p, w, floor_of<S>), all<V>(floor_of<S>));
 }
+template <class V, class S>
+KD_FN V read_logits(const S* p, Finite) { return load<V>(p); }

@@ -8,25 +8,23 @@ struct Class {
   V p_s, p_t;
 };
 
+// `terms` takes a class's logits, log_ratio of them, exp(u_s) and exp(u_t).
+
 // In fp32 the base is the student throughout.
 template <class K>
 struct Exact {
   template <class V>
-  static KD_FN Class<V> terms(const Scalars<float>& k, V s, V t, V exp_s, V exp_t) {
-    return terms_at(k, s, log_ratio(k, s, t), exp_s, exp_t);
-  }
-  template <class V>
-  static KD_FN Class<V> terms_at(const Scalars<float>& k, V s, V ratio, V exp_s, V exp_t) {
+  static KD_FN Class<V> terms(const Scalars<float>& k, V s, V, V ratio, V exp_s, V exp_t) {
     const V p = exp_s * k.inv_sum_s, direct = exp_t * k.inv_sum_t;
     const V log_p = (s - k.max_s) * k.inv_ts - k.log_sum_s;
     const V d = ratio - k.delta;
     const auto near = is_near(d);
-    const V square = d * d * expm1_tail(d), growth = d + square;  // if near
-    const V q = select(near, p + p * growth, direct);
-    const V gap = select(near, p * growth, direct - p);
-    const V e = select(near, growth, exp(d) - 1.f);
+    const V square = d * d * expm1_tail(d), p_excess = p * square;  // if near
+    const V gap = select(near, p * d + p_excess, direct - p);
+    const V q = select(near, p + gap, direct);
+    const V e = select(near, d + square, exp(d) - 1.f);
     const Terms<V> f =
-        K::terms(Sides<V, decltype(near)>{p, q, gap, d, d, e, p * square, log_p, near}, k.shape);
+        K::terms(Sides<V, decltype(near)>{p, q, gap, d, d, e, p_excess, log_p, near}, k.shape);
     return {f.value, f.base, f.other, p, q};
   }
 };
@@ -34,12 +32,12 @@ struct Exact {
 template <class V>
 struct LogProbs {
   V s, t, p_s, p_t, d;  // d = t - s; infinite where one side is off
-  KD_FN LogProbs(const Scalars<double>& k, V zs, V zt, V exp_s, V exp_t) {
+  KD_FN LogProbs(const Scalars<double>& k, V zs, V zt, V ratio, V exp_s, V exp_t) {
     const V us = (zs - k.max_s) * k.inv_ts, ut = (zt - k.max_t) * k.inv_tt;
     const V off = all<V>(floor_of<double>), infinity = all<V>(__builtin_inf());
     s = us - k.log_sum_s, t = ut - k.log_sum_t;
     p_s = exp_s * k.inv_sum_s, p_t = exp_t * k.inv_sum_t;
-    d = log_ratio(k, zs, zt) - k.delta;
+    d = ratio - k.delta;
     d = select(zs <= off, select(zt <= off, V{}, infinity), select(zt <= off, -infinity, d));
   }
 };
@@ -48,8 +46,8 @@ struct LogProbs {
 template <class K>
 struct Robust {
   template <class V>
-  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V exp_s, V exp_t) {
-    const LogProbs<V> log(k, s, t, exp_s, exp_t);
+  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V ratio, V exp_s, V exp_t) {
+    const LogProbs<V> log(k, s, t, ratio, exp_s, exp_t);
     const V zero{};
     const auto student = log.d <= zero;
     const V d = select(student, log.d, -log.d);
@@ -75,8 +73,8 @@ struct RenyiFar {
     return select(log.d * log.d < all<V>(beyond), mixed, all<V>(floor_of<double>));
   }
   template <class V>
-  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V exp_s, V exp_t) {
-    const LogProbs<V> log(k, s, t, exp_s, exp_t);
+  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V ratio, V exp_s, V exp_t) {
+    const LogProbs<V> log(k, s, t, ratio, exp_s, exp_t);
     const V w = exp(log_term(k, log) - k.log_mixed);
     const double slope = k.shape.alpha / (k.shape.alpha - 1);
     return {V{}, log.p_s - w, slope * (w - log.p_t), log.p_s, log.p_t};
@@ -86,7 +84,7 @@ struct RenyiFar {
 // No divergence: its weight is 0, or the row is infinite.
 struct Nothing {
   template <class S, class V>
-  static KD_FN Class<V> terms(const Scalars<S>& k, V, V, V exp_s, V exp_t) {
+  static KD_FN Class<V> terms(const Scalars<S>& k, V, V, V, V exp_s, V exp_t) {
     return {V{}, V{}, V{}, exp_s * k.inv_sum_s, exp_t * k.inv_sum_t};
   }
 };
@@ -94,8 +92,8 @@ struct Nothing {
 // What an infinite cross-entropy or forward KL keeps: the student's gradient, p_s - p_t.
 struct Difference {
   template <class V>
-  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V exp_s, V exp_t) {
-    const LogProbs<V> log(k, s, t, exp_s, exp_t);
+  static KD_FN Class<V> terms(const Scalars<double>& k, V s, V t, V ratio, V exp_s, V exp_t) {
+    const LogProbs<V> log(k, s, t, ratio, exp_s, exp_t);
     return {V{}, log.p_s - log.p_t, V{}, log.p_s, log.p_t};
   }
 };

@@ -78,13 +78,15 @@ struct Row : Workspace<S> {
   }
 };
 
-// u_t - u_s; near 0 for a class that is off on both sides. Rows with close maxima and one
-// temperature are subtracted first: exact where the logits are close. With an offset between them
-// that would round to the offset's precision, so each is then centred first.
-template <class V, class S>
+// u_t - u_s; near 0 for a class that is off on both sides, which where all are `finite` none is.
+// Rows with close maxima and one temperature are subtracted first: exact where the logits are close.
+// With an offset between them that would round to the offset's precision, so each is then centred
+// first.
+template <bool finite = false, class V, class S>
 KD_FN V log_ratio(const Scalars<S>& k, V s, V t) {
   if (k.subtract_first) return ((t - s) - (k.max_t - k.max_s)) * k.inv_ts;
   const V d = (t - k.max_t) * k.inv_tt - (s - k.max_s) * k.inv_ts;
+  if constexpr (finite) return d;
   return select(s + t <= all<V>(2 * floor_of<S>), V{}, d);
 }
 

@@ -47,15 +47,16 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
     V value{}, slope_s{}, slope_t{}, drift_s{}, drift_t{};
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
-      const Class<V> c = C::terms(k, zs, zt, read<V>(r.exp_s + i, w, S(0)),
-                                  read<V>(r.exp_t + i, w, S(0)));
-      const V du = c.student * share - c.p_s * centre_s;
-      write<V>(grad_s + i, w, du * factor_s);
+      const Class<V> c = terms_of<C>(r, k, i, w, zs, zt);
       if (alone) {
+        const V grad = c.student * (share * factor_s) - c.p_s * (centre_s * factor_s);
+        write<V>(grad_s + i, w, grad);
         value += c.value;
-        if (standardize) slope_s += du * (zs - origin_s);
+        if (standardize) slope_s += grad * (zs - origin_s);
         return;
       }
+      const V du = c.student * share - c.p_s * centre_s;
+      write<V>(grad_s + i, w, du * factor_s);
       if (!teacher_too) return;
       const V dv = c.teacher * share - c.p_t * centre_t;
       write<V>(grad_t + i, w, dv * factor_t);
@@ -65,9 +66,8 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
     if (alone) r.value += sum(value);
     if (standardize) {
       if (alone) {
-        r.slope_s = sum(slope_s);
         r.add_target_slopes(0, 0);
-        scaling.spread_s = scaling.student * r.slope_s * r.student.spread;
+        scaling.spread_s = (sum(slope_s) + scaling.student * r.slope_s) * r.student.spread;
       }
       through_deviation(r.student, scaling.spread_s, n, s, grad_s);
       if (to_t.wanted()) through_deviation(r.teacher, scaling.spread_t, n, t, grad_t);

@@ -15,8 +15,7 @@ void reduce(Row<S>& r) {
     V value{}, student{}, teacher{}, p_s{}, p_t{}, slope_s{}, slope_t{}, leaning_s{}, leaning_t{};
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
-      const Class<V> c = C::terms(k, zs, zt, read<V>(r.exp_s + i, w, S(0)),
-                                  read<V>(r.exp_t + i, w, S(0)));
+      const Class<V> c = terms_of<C>(r, k, i, w, zs, zt);
       value += c.value, student += c.student, teacher += c.teacher;
       p_s += c.p_s, p_t += c.p_t;
       if (slopes) {
@@ -46,7 +45,7 @@ inline void reduce_renyi_far(Row<double>& r) {
       sweep<vd>(n, [&](int i, auto w) {
         const vd zs = read_logits<vd>(s + i, w);
         const vd zt = read_logits<vd>(t + i, w);
-        const LogProbs<vd> log(r.k, zs, zt, exp_at_rate(zs - r.k.max_s, r.k.rate_s),
+        const LogProbs<vd> log(r.k, zs, zt, log_ratio(r.k, zs, zt), exp_at_rate(zs - r.k.max_s, r.k.rate_s),
                                exp_at_rate(zt - r.k.max_t, r.k.rate_t));
         const vd term = RenyiFar::log_term(r.k, log);
         if (pass == 0) high = at_least(term, high);

@@ -34,7 +34,9 @@ struct Side {
 template <class S>
 struct Workspace {
   Workspace() {}  // left as it is, and not filled with zeros
-  alignas(64) S exp_s[block], exp_t[block];  // exp(u_s) and exp(u_t) of one block
+  alignas(64) S exp_s[block], exp_t[block], ratio[block];  // exp(u_s), exp(u_t), u_t - u_s of a block
+  bool ranged = false;  // both maxima are known before the row is measured
+  bool finite;          // and that no class is off; or of the block that is measured
 };
 
 template <class S> constexpr bool has_nothing = true;

@@ -19,8 +19,7 @@ KD_DEVICE void terms_of(const Scalars<S>& k, const Chunk<S>& c, Class<S> (&terms
   for (int j = 0; j < width<S>; j++) {
     const S exp_s = exp_at_rate(c.s[j] - k.max_s, k.rate_s);
     const S exp_t = exp_at_rate(c.t[j] - k.max_t, k.rate_t);
-    if constexpr (sizeof(S) == 4) terms[j] = C::terms_at(k, c.s[j], d[j], exp_s, exp_t);
-    else terms[j] = C::terms(k, c.s[j], c.t[j], exp_s, exp_t);
+    terms[j] = C::terms(k, c.s[j], c.t[j], d[j], exp_s, exp_t);
   }
 }
 
@@ -128,7 +127,8 @@ KD_DEVICE void reduce(Row<S>& r) {
 KD_DEVICE void reduce_renyi_far(Row<double>& r) {
   const Scalars<double> k = r.k;
   const auto log_probs = [&](const Chunk<double>& c) {
-    return LogProbs<double>(k, c.s[0], c.t[0], exp_at_rate(c.s[0] - k.max_s, k.rate_s),
+    return LogProbs<double>(k, c.s[0], c.t[0], log_ratio(k, c.s[0], c.t[0]),
+                            exp_at_rate(c.s[0] - k.max_s, k.rate_s),
                             exp_at_rate(c.t[0] - k.max_t, k.rate_t));
   };
   double most[1] = {floor_of<double>};
