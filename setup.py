@@ -33,6 +33,13 @@ if X86:
     ISA_LEVELS["avx512"] = (
         64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     )  # fmt: skip
+# Said where the extension is not built. pip hides it (without -v); kdkernels info does not.
+LOST = {
+    "_C_cpu": "The plain-torch reference and the Triton kernels still work; for the CPU kernels, "
+    "install torch >= 2.10 and a C++17 compiler and reinstall with --no-build-isolation.",
+    "_native": "Only kdkernels.numpy needs it; for that, install pybind11 and a C++17 compiler and "
+    "reinstall with --no-build-isolation.",
+}
 FAMILIES = sorted(path.name for path in (ROOT / "csrc/kd/cpu").iterdir() if path.is_dir())
 
 # Machine code for these, and PTX of the last, of which the driver makes what is newer.
@@ -154,11 +161,7 @@ class BuildKernels(build_ext):
             self.record["extensions"][name] = f"not built: {error}"
             if name == "_C_cuda":  # few machines have what it takes, and Triton does the same
                 return
-            print(
-                f"kdkernels: {name} was NOT built ({error}). The plain-torch reference and the "
-                "Triton kernels still work; install a C++17 compiler and reinstall for the rest.",
-                file=sys.stderr,
-            )
+            print(f"kdkernels: {name} was NOT built ({error}). {LOST[name]}", file=sys.stderr)
             return
         self.record["extensions"][name] = "built"
         if name == "_C_cpu":

@@ -104,26 +104,31 @@ def _choose(family: str, device_type: str, backend: str, name: str) -> str:
         if not ok:
             raise RuntimeError(f"{name}: backend {backend!r} cannot run here: {reason}.")
         return backend
+    chosen, reasons = auto(family, device_type)
+    if reasons and (family, device_type) not in _warned:
+        _warned.add((family, device_type))
+        warnings.warn(
+            f"kdkernels: no fused {family} kernel for {device_type} tensors ({reasons}); using the "
+            'plain-torch reference. kdkernels.set_backend("reference") silences this.',
+            stacklevel=2,
+        )
+    return chosen
+
+
+def auto(family: str, device_type: str) -> tuple[str, str]:
+    """What ``backend="auto"`` takes, and why it is no kernel where one would expect one."""
     preferred = get_backend()
     if preferred != "auto" and verdict(family, preferred, device_type).ok:
-        return preferred
+        return preferred, ""
     reasons = []
     order = AUTO_ORDER.get(device_type, ())
     for candidate in reversed(order) if family in CUDA_FIRST else order:
         ok, reason = verdict(family, candidate, device_type)
         if ok:
-            return candidate
+            return candidate, ""
         reasons.append(f"{candidate}: {reason}")
     composite = family in COMPOSITE or (device_type == "cuda" and family in COMPOSITE_ON_GPU)
-    if not composite and reasons and (family, device_type) not in _warned:
-        _warned.add((family, device_type))
-        warnings.warn(
-            f"kdkernels: no fused {family} kernel for {device_type} tensors "
-            f"({'; '.join(reasons)}); using the plain-torch reference. "
-            'kdkernels.set_backend("reference") silences this.',
-            stacklevel=2,
-        )
-    return "reference"
+    return "reference", "" if composite else "; ".join(reasons)
 
 
 @torch.compiler.assume_constant_result

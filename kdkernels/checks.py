@@ -20,6 +20,7 @@ __all__ = [
     "INTEGERS",
     "choice",
     "class_range",
+    "device",
     "flag",
     "floats",
     "group",
@@ -58,6 +59,22 @@ def tensor(name: str, argument: str, value) -> None:
     """A tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}.")
+
+
+def device(name: str, value) -> torch.device:
+    """The CPU, or a GPU that torch finds."""
+    try:
+        found = torch.device(value)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: device must be cpu, cuda or cuda:N, got {value!r}.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{name}: device {value!r} is not there: torch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} GPUs."
+        )
+    return found
 
 
 def same_device(name: str, argument: str, value: torch.Tensor, student: torch.Tensor) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+
+from kdkernels import __version__
 
 _COMMANDS = {
     "info": "versions, build, devices, and which backend runs what",
@@ -33,16 +36,21 @@ def _check(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     from kdkernels import diagnostics
 
-    wrong = 0
-    for loss, by_backend in diagnostics.check(arguments.device).items():
+    try:
+        found = diagnostics.check(arguments.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for loss, by_backend in found.items():
         states = [
             f"{backend} {'ok' if not error else 'WRONG'}" for backend, error in by_backend.items()
         ]
         print(f"{loss:<26}{', '.join(states)}")
         for backend, error in by_backend.items():
             if error:
-                wrong += 1
                 print(f"  {backend}: {error}")
+    wrong = sum(any(by_backend.values()) for by_backend in found.values())
+    print(f"{len(found)} losses, {wrong} failed")
     return 1 if wrong else 0
 
 
@@ -76,16 +84,30 @@ def _missing(command: str, error: ImportError) -> int:
     return 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         "kdkernels",
         description="Fused, exact distillation losses for PyTorch.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n" + "\n".join(f"  {name:<7}{text}" for name, text in _COMMANDS.items()),
     )
+    parser.add_argument("--version", action="version", version=f"kdkernels {__version__}")
     parser.add_argument("command", choices=_COMMANDS, help="see below; each has its own --help")
+    if not argv:
+        parser.print_help()
+        return 0
     arguments = parser.parse_args(argv[:1])
     run = {"info": _info, "check": _check, "bench": _bench, "train": _train, "report": _report}
     return run[arguments.command](argv[1:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read along, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

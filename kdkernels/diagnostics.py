@@ -8,18 +8,22 @@ import json
 import os
 import platform
 import textwrap
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kdkernels
-from kdkernels import backends, testing
+from kdkernels import backends, checks, ops, testing
 
 _ENVIRONMENT = (
     "KDKERNELS_BACKEND", "KDKERNELS_CHECK", "KDKERNELS_CPU_CAPABILITY", "OMP_NUM_THREADS",
     "TRITON_INTERPRET",
 )  # fmt: skip
+
+_NEEDED_BY = {"_native": "; kdkernels.numpy needs it, and nothing else does"}
 
 
 def _version(package: str) -> str | None:
@@ -48,6 +52,7 @@ def info() -> dict[str, Any]:
 
     Plain data, as ``kdkernels info --json`` prints it and as benchmark results record it.
     """
+    build = _build()
     native = importlib.util.find_spec("kdkernels._native") and importlib.import_module(
         "kdkernels._native"
     )
@@ -63,11 +68,12 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numpy": _version("numpy"),
-        "build": _build(),
+        "build": build,
         "cpu": {
             "model": _cpu_model(),
             "threads": torch.get_num_threads(),
             "isa": native.isa() if native else None,
+            "isa_levels": build.get("isa_levels", []) if native or ops.loaded("_C_cpu") else [],
         },
         "gpus": [
             {
@@ -81,7 +87,7 @@ def info() -> dict[str, Any]:
         "backends": {
             family: {
                 device: {
-                    "auto": backends.select(family, device, "auto", "info"),
+                    "auto": backends.auto(family, device)[0],
                     **{
                         backend: backends.verdict(family, backend, device)._asdict()
                         for backend in backends.BACKENDS[1:]
@@ -97,44 +103,62 @@ def info() -> dict[str, Any]:
 def format_info(data: dict[str, Any]) -> str:
     """``info()`` for reading."""
     build, cpu = data["build"], data["cpu"]
+    # Which of its levels runs, _native alone can tell; _C_cpu chooses by the same rule.
+    isa = cpu["isa"] or ", ".join(cpu["isa_levels"]) or "none"
     lines = [
         f"kdkernels {data['kdkernels']}",
         f"  python {data['python']}, torch {data['torch']}, triton {data['triton'] or '-'}",
         f"  {data['platform']}",
-        f"  cpu: {cpu['model']}, {cpu['threads']} threads, kernels for {cpu['isa'] or 'none'}",
+        f"  cpu: {cpu['model']}, {cpu['threads']} threads, kernels for {isa}",
         *(f"  gpu: {gpu['name']} ({gpu['capability']})" for gpu in data["gpus"]),
         f"  built with torch {build.get('torch', '-')}, {build.get('compiler', 'no compiler')}",
-        *(f"  {name}: {state}" for name, state in build["extensions"].items()),
+        *(
+            f"  {name}: {state}" + _NEEDED_BY.get(name, "") * (state != "built")
+            for name, state in build["extensions"].items()
+        ),
         *(f"  {name}={value}" for name, value in data["environment"].items()),
     ]
-    for family, by_device in data["backends"].items():
-        for device, verdicts in by_device.items():
-            lines.append(f"{family} on {device}: auto is {verdicts['auto']}")
-            losses = ", ".join(data["losses"][family])
-            lines += textwrap.wrap(losses, 96, initial_indent="  of ", subsequent_indent="     ")
-            for backend, verdict in verdicts.items():
-                if backend != "auto":
-                    mark = "yes" if verdict["ok"] else "no "
-                    lines.append(f"  {backend:<10}{mark} {verdict['reason']}")
+    for device in next(iter(data["backends"].values())):
+        lines += _format_backends(data, device)
     return "\n".join(lines)
+
+
+def _format_backends(data: dict[str, Any], device: str) -> list[str]:
+    """What runs on a device: what most families say of a backend, then whatever differs from it."""
+    by_family = {family: verdicts[device] for family, verdicts in data["backends"].items()}
+    usual, lines = {}, [f"backends on {device}"]
+    for backend in backends.BACKENDS[1:]:
+        found = [(v[backend]["ok"], v[backend]["reason"]) for v in by_family.values()]
+        usual[backend] = ok, reason = Counter(found).most_common(1)[0][0]
+        lines.append(f"  {backend:<10}{'yes' if ok else 'no '} {reason}")
+    lines.append(f"losses on {device}, and where it is not as above")
+    for family, verdicts in by_family.items():
+        lines.append(f"  {family}: auto is {verdicts['auto']}")
+        losses = ", ".join(data["losses"][family])
+        lines += textwrap.wrap(losses, 96, initial_indent="    of ", subsequent_indent="       ")
+        own = {backend: (verdicts[backend]["ok"], verdicts[backend]["reason"]) for backend in usual}
+        differing = [backend for backend in usual if own[backend] != usual[backend]]
+        for (ok, reason), group in groupby(differing, own.get):
+            lines.append(f"    {', '.join(group)}: {'yes' if ok else 'no'}, {reason}")
+    return lines
 
 
 def check(device: str | None = None) -> dict[str, dict[str, str | None]]:
     """Compare every loss and its gradients with the reference in fp64, on each backend here.
 
-    Returns, by loss and backend, what is wrong, or None. Takes a few seconds.
+    Returns, by loss and backend, what is wrong, or None. Takes a few seconds. ``device`` is
+    ``"cpu"`` or ``"cuda"``, the GPU if there is one by default; ``ValueError`` for one that is not.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = checks.device("check", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return {
         loss.name: {
-            backend: _deviation(loss, backend, device)
-            for backend in loss.backends(torch.device(device).type)
+            backend: _deviation(loss, backend, device) for backend in loss.backends(device.type)
         }
         for loss in testing.LOSSES.values()
     }
 
 
-def _deviation(loss: testing.Loss, backend: str, device: str) -> str | None:
+def _deviation(loss: testing.Loss, backend: str, device: torch.device) -> str | None:
     for dtype in (torch.float32, torch.bfloat16):
         inputs = loss.inputs(*loss.small, dtype=dtype, device=device, requires_grad=True)
         wide = testing.leaves(inputs, torch.float64)

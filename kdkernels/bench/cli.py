@@ -4,16 +4,42 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
+from kdkernels import checks
 from kdkernels.bench import report
 from kdkernels.bench.contenders import BACKENDS
 from kdkernels.bench.rows import DTYPES, HOST_SHAPE, NEAR_ZERO, Case, Settings, run
 from kdkernels.testing import LOSSES
+
+# The losses of which one says how far off they are near zero: they are 0 for identical logits.
+DIVERGENCES = {name: loss for name, loss in LOSSES.items() if loss.divergence and loss.by_row}
+
+
+def _one_of(known: Iterable[str], what: str) -> Callable[[str], str]:
+    def one(name: str) -> str:
+        if name in known:
+            return name
+        near = difflib.get_close_matches(name, known, 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise argparse.ArgumentTypeError(f"{name!r} is no {what} here; {hint}")
+
+    return one
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if not (text.isdecimal() and int(text) >= low):
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {low}, got {text}")
+        return int(text)
+
+    return integer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,19 +51,20 @@ def parser() -> argparse.ArgumentParser:
         "reading every input and writing the gradient once.",
     )
     add = result.add_argument
-    add("--losses", nargs="+", default=["kl_div", "kd_loss"], choices=[*LOSSES, "all"],
-        metavar="LOSS", help=f"'all', or of: {', '.join(LOSSES)}")  # fmt: skip
+    add("--losses", nargs="+", default=["kl_div", "kd_loss"],
+        type=_one_of([*LOSSES, "all"], "loss"), metavar="LOSS",
+        help=f"'all', or of: {', '.join(LOSSES)}")  # fmt: skip
     add("--shapes", nargs="+", metavar="SHAPE",
         help="the loss's named shapes (default: all of them), or sizes such as 64x100")  # fmt: skip
     add("--dtype", nargs="+", default=["fp32"], choices=DTYPES)
     add("--backends", nargs="+", choices=BACKENDS, help="default: those that auto tries")
     add("--upstream", nargs="+", type=float, default=[1.0], help="upstream gradients")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, help="of torch's CPU pool")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--threads", type=_at_least(1), help="of torch's CPU pool")
     add("--seconds", type=float, default=0.5, help="per case and upstream gradient")
-    add("--repeats", type=int, default=7, help="rounds, at least")
-    add("--near-zero", nargs="*", default=[], choices=LOSSES, metavar="LOSS",
-        help="also the error of these divergences, in fp32, at values "
+    add("--repeats", type=_at_least(2), default=7, help="rounds, at least")
+    add("--near-zero", nargs="*", default=[], type=_one_of(DIVERGENCES, "divergence of rows"),
+        metavar="LOSS", help="also the error of these divergences, in fp32, at values "
         f"{', '.join(map(str, NEAR_ZERO))}")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     return result
@@ -63,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         rounds=arguments.repeats,
     )
     try:
+        checks.device("bench", settings.device)
         for case in cases:
             case.size()
     except ValueError as error:
@@ -74,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         near_zero=arguments.near_zero,
         progress=lambda result: report.show(result["rows"][-1]),
     )
+    report.show_legend()
     report.show_near_zero(result["near_zero"])
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

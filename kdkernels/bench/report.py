@@ -9,11 +9,13 @@ from itertools import compress
 
 from kdkernels.bench.contenders import BACKENDS
 
-# "x": times as fast as the better baseline; "memory": extra, in sizes of the gradient.
 COLUMNS = (
     "", "ms", "p20", "p80", "x", "GB/s", "copy", "loss error", "grad error", "memory", "launches",
     "host us",
 )  # fmt: skip
+LEGEND = """
+x: times as fast as the best formulation in plain torch; copy: the share of its time that a copy of
+inputs and gradient takes; errors: relative, to fp64; memory: extra, in sizes of the gradient"""
 
 
 def title(row: dict) -> str:
@@ -56,6 +58,10 @@ def show(row: dict) -> None:
     _table(title(row), COLUMNS, lines(row))
     for name, reason in row["skipped"].items():
         print(f"  {name}: skipped, {reason}")
+
+
+def show_legend() -> None:
+    print(LEGEND)
 
 
 def show_near_zero(rows: list[dict]) -> None:

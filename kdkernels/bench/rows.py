@@ -36,16 +36,20 @@ class Case(NamedTuple):
     dtype: str = "fp32"
 
     def size(self) -> tuple[int, ...]:
-        named = HOST_SHAPE | dict(LOSSES[self.loss].shapes)
+        loss = LOSSES[self.loss]
+        named = (HOST_SHAPE if len(loss.small) == 2 else {}) | dict(loss.shapes)
         if self.shape in named:
             return named[self.shape]
-        try:
-            return tuple(int(size) for size in self.shape.split("x"))
-        except ValueError:
+        dimensions = {len(loss.small), *map(len, named.values())}
+        sizes = self.shape.split("x")
+        if not all(size.isdecimal() and int(size) for size in sizes) or (
+            len(sizes) not in dimensions
+        ):
             raise ValueError(
-                f"bench: shape must be one of {', '.join(named)}, or sizes such as 64x100; "
-                f"got {self.shape!r}."
-            ) from None
+                f"bench: shape of {self.loss} must be one of {', '.join(named)}, or sizes such as "
+                f"{'x'.join(map(str, loss.small))}; got {self.shape!r}."
+            )
+        return tuple(map(int, sizes))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ try:
 
     _reason = contract.breach(_native.__file__)
 except ImportError as error:  # pragma: no cover - depends on the installation
-    _reason = str(error)
+    _reason = (
+        f"{error} (was it built? kdkernels info says; it needs pybind11 and a C++ compiler when "
+        "kdkernels is installed)"
+    )
 
 FLOATS = (np.float64, np.float32, np.float16)
 _MOST_THREADS = 1024

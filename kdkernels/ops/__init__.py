@@ -40,6 +40,11 @@ def _load(name: str) -> None:
         _load_errors[name] = f"{name} did not load with torch {torch.__version__}: {error}"
 
 
+def loaded(name: str) -> bool:
+    """Whether the compiled extension ``name`` is in use."""
+    return name not in _load_errors
+
+
 def _operator(family: str) -> str:
     """Of "family.operator", or of a family that has but one, of its name."""
     return family.rpartition(".")[2]
