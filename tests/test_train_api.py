@@ -144,6 +144,27 @@ def test_models_for_other_images_are_named(images, who):
         distill(student, teacher, images, **QUICK)
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ("resnet8", None, "student: expected a network .* got 'resnet8'"),
+        (None, "resnet56", "teacher: expected a trained network .* got 'resnet56'; load_student"),
+        (None, [3], "teacher: expected a trained network .* got a int"),
+        (None, [network(), network()], "teacher: method kd expects 1 trained network, got 2"),
+    ],
+)
+def test_what_is_no_network_is_named(images, student, teacher, message):
+    with pytest.raises(InputError, match=message):
+        distill(student or network(), teacher, images, **QUICK)
+
+
+@pytest.mark.parametrize("method", ["at", "crd"])
+def test_modules_to_compare_are_asked_for(images, method):
+    message = r"student: Sequential: .* 'teacher_taps'.*student_taps and .* It has 0, 1, 2, 3; 'NAM"
+    with pytest.raises(InputError, match=message):
+        distill(network(), network(), images, method=method, **QUICK)
+
+
 def test_a_frozen_student_is_refused(images):
     with pytest.raises(InputError, match=r"student: .* no parameter that requires a gradient"):
         distill(network().requires_grad_(False), None, images, method="ce", **QUICK)
@@ -174,19 +195,20 @@ def test_pairs_are_of_one_size(sizes, got):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epoch": 1}, r"distill\(\): 'epoch': not an option"),
-        ({"temperature": 4.0}, r"'temperature': .* those of the method in options="),
-        ({"batch_size": "8"}, "--batch-size: expected a whole number, got '8'"),
-        ({"max_steps": 1.5}, "--max-steps: expected a whole number, got 1.5"),
-        ({"lr": "x"}, "--lr: expected a number, got 'x'"),
-        ({"optimizer": "adam"}, "--optimizer: expected one of sgd, adamw, got 'adam'"),
-        ({"method": "kd"}, "teacher: --method kd expects 1 of them, got 0"),
-        ({"backend": "cuda"}, "--backend cuda: cannot run here"),
+        ({"epoch": 1}, r"distill\(\): 'epoch': not one of its settings; the nearest are epochs"),
+        ({"temperature": 4.0}, r"'temperature': .* those of the method go into options="),
+        ({"batch_size": "8"}, "batch_size: expected a whole number, got '8'"),
+        ({"max_steps": 1.5}, "max_steps: expected a whole number, got 1.5"),
+        ({"lr": "x"}, "lr: expected a number, got 'x'"),
+        ({"optimizer": "adam"}, "optimizer: expected one of sgd, adamw, got 'adam'"),
+        ({"method": "kd"}, "teacher: method kd expects 1 trained network, got 0"),
+        ({"backend": "cuda"}, "backend cuda: cannot run here"),
         ({"resume": True}, "resume: expected out, the folder"),
         ({"teacher_epochs": 5}, "teacher_epochs: the teacher comes trained here; give the network"),
         ({"teacher_checkpoint": "x"}, r"teacher_checkpoint: .* load_student\(path\)\.network has"),
         ({"teacher_seed": 0}, "teacher_seed: the teacher comes trained"),
-        ({"image_size": 8}, "--image-size: it is for image folders"),
+        ({"method": "kd", "options": {"temp": 4}}, "temp: not an option .* has alpha, temperature"),
+        ({"image_size": 8}, "image_size: it is for image folders"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(images, settings, message):
@@ -196,7 +218,7 @@ def test_settings_that_do_not_fit_are_named(images, settings, message):
 
 def test_a_data_set_that_is_split_already_is_not_split_again(images):
     data = from_arrays(*images, val_fraction=0.1, split_seed=0)
-    with pytest.raises(InputError, match="--val-fraction: not with a Dataset"):
+    with pytest.raises(InputError, match="val_fraction: not with a Dataset"):
         distill(network(), None, data, method="ce", val_fraction=0.2, **QUICK)
 
 

@@ -197,6 +197,20 @@ def test_a_growing_student_goes_with(school, tmp_path, settings):
     assert log[2]["val"]["accuracy_of_group_1"] > 0.2 > log[2]["val"]["accuracy_of_group_2"] == 0
 
 
+def test_the_log_says_which_specialist_and_grade(tmp_path, capsys):
+    config = QUICK | {"student": "convnet4", "teacher": "convnet4", "teacher_epochs": 1}
+    results = run(Config(**config, epochs=2, out=str(tmp_path / "run")), HALVES)
+    lines = capsys.readouterr().out
+    for begin in (
+        "teacher 1 of 2, convnet4 (classes 0..4): epoch 1/1, loss",
+        "teacher 2 of 2, convnet4 (classes 5..9): epoch 1/1, loss",
+        "education convnet4 seed 0: epoch 1/2 (grade 1 of 2), loss",
+        "education convnet4 seed 0: epoch 2/2 (grade 2 of 2), loss",
+    ):
+        assert begin in lines
+    assert results["teacher-2"]["classes"] == tuple("56789")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -204,7 +218,7 @@ def test_a_growing_student_goes_with(school, tmp_path, settings):
         ("--grades 2 --epochs 1", "--boundaries: every grade must last an epoch or more; of 1"),
         ("--grades 2 --boundaries .5 .6", "--boundaries: expected 1 for 2 grades, got [0.5, 0.6]"),
         ("--grades 2 --boundaries 0", "grades would begin after [0, 0]"),
-        ("--grades 11", "--grades: expected at most 10, one a class"),
+        ("--grades 6", "--grades 6: expected at most 5 for 10 classes: a specialist needs two"),
         ("--method education+kd --grades 2", "--method: education goes with no other method"),
         ("--grades 2 --teacher-checkpoint x", "--teacher-checkpoint: expected 2 joined by commas"),
     ],

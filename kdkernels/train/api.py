@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,7 @@ from kdkernels.train.data import (
     shape_of,
 )
 from kdkernels.train.devices import on_first
-from kdkernels.train.errors import InputError
+from kdkernels.train.errors import InputError, TrainError
 from kdkernels.train.experiment import (
     conclude,
     make_method,
@@ -39,6 +44,7 @@ from kdkernels.train.experiment import (
     user_cache,
 )
 from kdkernels.train.loop import fit
+from kdkernels.train.methods import METHODS
 from kdkernels.train.taps import Tapped, shown_two
 
 # Options that a DataLoader has settled, or that look images up by number.
@@ -50,7 +56,24 @@ FOR_IMAGES_IN_MEMORY = (
 # Options of a run that trains or loads its teacher: here it is given.
 FOR_A_TEACHER_BY_NAME = ("teacher_checkpoint", "teacher_epochs", "teacher_seed")
 
+OPTIONS = Config.__dataclass_fields__.keys() | chain.from_iterable(
+    inspect.signature(kind).parameters for kind in METHODS.values()
+)
 
+
+@contextmanager
+def in_python() -> Iterator[None]:
+    """Errors name options as Python does, not as the command line does."""
+    try:
+        yield
+    except TrainError as error:
+        named = {option(name): name for name in OPTIONS}
+        text = re.sub(r"--[a-z]+(?:-[a-z]+)*", lambda x: named.get(x[0], x[0]), str(error))
+        error.args = (text,)
+        raise
+
+
+@in_python()
 def distill(
     student: nn.Module,
     teacher: nn.Module | Sequence[nn.Module] | None,
@@ -85,7 +108,9 @@ def distill(
         val, test: with a ``DataLoader`` as data, the same of the images that select the best epoch
             and of those that are read once at the end; or data sets, in batches as large.
         method: as for ``--method``.
-        options: those of the method, ``{"temperature": 4.0}``.
+        options: those of the method, ``{"temperature": 4.0}``. ``at``, ``crd`` and ``fitnet``
+            compare features of modules by their paths in ``named_modules()``, ``{"student_taps":
+            ["layer2"], "teacher_taps": ["blocks.3"]}``; ``"fc:input"`` is what a module takes.
         seed: of the batches and of what the method draws.
         out: folder of the results, as of ``kdkernels train`` but for the model, for ``kdkernels
             report``; with ``resume=True`` a run goes on there. None keeps nothing.
@@ -96,10 +121,15 @@ def distill(
         InputError: options, data or models that do not fit.
     """
     options = dict(options or {})
-    if unknown := sorted(settings.keys() - Config.__dataclass_fields__.keys()):
+    if not isinstance(student, nn.Module):
+        raise InputError(f"student: expected a network (nn.Module), got {_kind(student)}")
+    teachers = _teachers(teacher)
+    if unknown := sorted(settings.keys() - SETTINGS):
+        near = difflib.get_close_matches(unknown[0], SETTINGS, 3)
+        hint = f"; the nearest are {', '.join(near)}" if near else ""
         raise InputError(
-            f"distill(): {unknown[0]!r}: not an option of Config; expected one of its names, or "
-            f"those of the method in options={{...}}"
+            f"distill(): {unknown[0]!r}: not one of its settings{hint}; those of the method go "
+            f"into options={{...}}"
         )
     if given := [name for name in FOR_A_TEACHER_BY_NAME if name in settings]:
         raise InputError(
@@ -111,6 +141,11 @@ def distill(
     if config.resume and out is None:
         raise InputError("resume: expected out, the folder of the run to go on with")
     made = make_method(method, config.backend, options)
+    if isinstance(data, DataLoader) and made.needs_numbers:
+        raise InputError(
+            f"data: --method {method} looks training images up by their number, which a DataLoader "
+            f"does not tell: expected arrays, pairs or a path"
+        )
     fabric, config = set_up(config)
     if isinstance(data, DataLoader):
         data = _loaders(data, val, test, student, config, fabric.world_size)
@@ -120,10 +155,12 @@ def distill(
         data = _dataset(data, config)
     config = replace(config, data=data.name)
     report.say(*data.described())
-    teachers = [] if teacher is None else [teacher] if isinstance(teacher, nn.Module) else teacher
     count = len(made.course.specialities(len(data.classes)))
     if made.needs_teacher and len(teachers) != count:
-        raise InputError(f"teacher: --method {method} expects {count} of them, got {len(teachers)}")
+        raise InputError(
+            f"teacher: --method {method} expects {count} trained network{'s' * (count > 1)}, got "
+            f"{len(teachers)}"
+        )
     torch.manual_seed(seed)
     if out is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -136,6 +173,29 @@ def distill(
     on_first(fabric, partial(checkpoint.write_json, folder / "results.json", results))
     conclude(fabric, out, {"config": record, "environment": kdkernels.info()}, [results], config)
     return results
+
+
+# What distill() takes by name beside its arguments.
+SETTINGS = Config.__dataclass_fields__.keys() - {*inspect.signature(distill).parameters}
+
+
+def _teachers(teacher: Any) -> list[nn.Module]:
+    """Those given as ``teacher``."""
+    if teacher is None:
+        return []
+    several = isinstance(teacher, Iterable) and not isinstance(teacher, nn.Module | str)
+    teachers = list(teacher) if several else [teacher]
+    for other in teachers:
+        if not isinstance(other, nn.Module):
+            raise InputError(
+                f"teacher: expected a trained network (nn.Module), or several, got "
+                f"{_kind(other)}; load_student(path).network is one of an earlier run"
+            )
+    return teachers
+
+
+def _kind(value: Any) -> str:
+    return f"{value!r}" if isinstance(value, str | Path) else f"a {type(value).__name__}"
 
 
 def _loaders(

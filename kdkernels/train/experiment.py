@@ -75,12 +75,14 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
         places = ["teacher"] if len(parts) == 1 else [f"teacher-{n + 1}" for n in range(len(parts))]
         if config.teacher:
             teachers = [
-                trained_teacher(fabric, part, config, out / place)
-                for part, place in zip(parts, places, strict=True)
+                trained_teacher(fabric, part, config, out / place, label)
+                for part, place, label in zip(parts, places, labels(config, parts), strict=True)
             ]
         for (name, model), part, place in zip(teachers, parts, places, strict=False):
             answers = predict_together(fabric, Teacher(fabric, model), part, part.test)
             results[place] = {"model": name, "test": {"accuracy": accuracy(*answers)}}
+            if len(parts) > 1:
+                results[place]["classes"] = part.classes
         models = [model for _, model in teachers]
         runs = []
         for seed in config.seed:
@@ -169,6 +171,7 @@ def train(
     config: Config,
     seed: int,
     out: Path,
+    label: str = "",
 ) -> dict[str, Any]:
     """One model of ``config.student`` from one seed, or the results already in ``out``."""
     if on_first(fabric, (out / "results.json").exists):
@@ -176,7 +179,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = build_model(config.student, data.shape, len(data.classes))
-    results = fit(fabric, method, model, teachers, data, config, seed=seed, out=out)
+    results = fit(fabric, method, model, teachers, data, config, seed=seed, out=out, label=label)
     made = config.student, whole(model.state_dict()), data.shape, len(data.classes)
     use = {"names": data.classes, "mean": data.mean.tolist(), "std": data.std.tolist()}
     on_first(fabric, partial(checkpoint.save_model, out / "model.safetensors", *made, **use))
@@ -185,7 +188,7 @@ def train(
 
 
 def trained_teacher(
-    fabric: Fabric, data: Dataset, config: Config, out: Path
+    fabric: Fabric, data: Dataset, config: Config, out: Path, label: str
 ) -> tuple[str, nn.Module]:
     """The teacher, trained with cross-entropy unless ``out`` already has it."""
     as_student = replace(
@@ -201,8 +204,18 @@ def trained_teacher(
         augment_seed=None,
     )
     method = make_method("ce", config.backend, {})
-    train(fabric, method, [], data, as_student, config.teacher_seed, out)
+    train(fabric, method, [], data, as_student, config.teacher_seed, out, label)
     return checkpoint.load_model(out / "model.safetensors", data.shape, len(data.classes))
+
+
+def labels(config: Config, parts: Sequence[Dataset]) -> list[str]:
+    """What the log calls the teachers, each of its part of the classes."""
+    if len(parts) == 1:
+        return [f"teacher {config.teacher}"]
+    return [
+        f"teacher {number} of {len(parts)}, {config.teacher} ({part.classes_in_short})"
+        for number, part in enumerate(parts, 1)
+    ]
 
 
 def user_cache() -> Path:
@@ -232,8 +245,12 @@ def options_of(name: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any
     known = {
         part: inspect.signature(METHODS[part]).parameters.keys() - {"backend"} for part in parts
     }
-    for key in options.keys() - set().union(*known.values()):
-        raise InputError(f"{option(key)}: not an option of --method {name}")
+    every = sorted(set().union(*known.values()))
+    for key in options.keys() - {*every}:
+        raise InputError(
+            f"{option(key)}: not an option of --method {name}, which has "
+            f"{', '.join(map(option, every)) or 'none'}"
+        )
     return {
         part: {key: value for key, value in options.items() if key in known[part]} for part in parts
     }

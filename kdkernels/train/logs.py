@@ -45,11 +45,11 @@ class Log:
             seen = history[-1]["step"] + 1 if history else None
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=seen)
 
-    def write(self, history: list[dict[str, Any]]) -> None:
-        """Note the last epoch of ``history``."""
+    def write(self, history: list[dict[str, Any]], stage: str = "") -> None:
+        """Note the last epoch of ``history``, a ``stage`` of its course."""
         checkpoint.write_lines(self.path, history)
         if not report.drawing():
-            report.say(report.epoch_line(self.label, self.epochs, history[-1]))
+            report.say(report.epoch_line(self.label, self.epochs, history[-1], stage))
         if self.board:
             record = dict(history[-1])
             step = record.pop("step")

@@ -55,9 +55,11 @@ def fit(
     *,
     seed: int,
     out: Path,
+    label: str = "",
 ) -> dict[str, Any]:
     """Train ``student``, leave it with the weights of its best epoch, and return the results.
 
+    ``label`` is what its log lines begin with, if not the method, the student and the seed.
     ``teachers`` are frozen; the student is measured against the first. Writes
     ``checkpoint.pt`` and ``log.jsonl`` into ``out`` and goes on from a checkpoint found there.
     """
@@ -95,7 +97,7 @@ def fit(
     judged = teachers and course.specialities(len(data.classes))[0] == range(len(data.classes))
     teacher_val = predict(teachers[0], data, data.val)[0] if judged else None
     board = config.tensorboard and fabric.is_global_zero
-    label = f"{config.method} {config.student} seed {seed}"
+    label = label or f"{config.method} {config.student} seed {seed}"
     epochs = math.ceil(last_step / batches.per_epoch)
     log = Log(out, state.history, label=label, epochs=epochs, tensorboard=board)
     clock, tally = StepClock(device), Tally(fabric, config.accumulate)
@@ -153,7 +155,7 @@ def fit(
                     lr=optimizer.param_groups[0]["lr"],
                     batch_size=batches.batch_size,
                 )
-                on_first(fabric, partial(log.write, state.history))
+                on_first(fabric, partial(log.write, state.history, course.stage(epoch)))
             if saves:
                 save(out / "checkpoint.pt", state, checkpointed, fabric)
 

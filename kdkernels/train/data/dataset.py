@@ -60,6 +60,11 @@ class Dataset:
         return {"training": self.train, "validation": self.val, "test": self.test}
 
     @property
+    def classes_in_short(self) -> str:
+        """The first and the last."""
+        return f"classes {self.classes[0]}..{self.classes[-1]}"
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image."""
         return self.train.images.shape[1:]

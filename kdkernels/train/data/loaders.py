@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,7 @@ from kdkernels.train.errors import InputError
 
 
 class LoaderSplit:
-    """The batches (images, labels) of a loader, whose images are a network's input already.
-
-    What would have to know all of its labels beforehand, or an image's number, is refused.
-    """
+    """The batches (images, labels) of a loader, whose images are a network's input already."""
 
     def __init__(self, part: str, loader: DataLoader, classes: int | None = None) -> None:
         self.part, self.loader, self.classes = part, loader, classes
@@ -86,16 +83,6 @@ class LoaderSplit:
     def _unfit(self, expected: str, got: str) -> InputError:
         return InputError(f"{self.part} loader: expected {expected}, got {got}")
 
-    @property
-    def labels(self) -> NoReturn:
-        """Not known."""
-        raise InputError(
-            "data: the method has to know all training images beforehand: expected arrays, pairs "
-            "or a path in place of a DataLoader"
-        )
-
-    rows = labels
-
 
 @dataclass(frozen=True)
 class LoaderData:
@@ -110,10 +97,11 @@ class LoaderData:
 
     def described(self) -> list[str]:
         """What was given, in a line."""
-        each = ", ".join(f"{x.count:,} {x.part}" for x in (self.train, self.val, self.test))
+        train, val, test = (f"{x.count:,} {x.part}" for x in (self.train, self.val, self.test))
         height, width, _ = self.shape
         return [
-            f"loaders: batches of {width}x{height} pixels in {len(self.classes)} classes ({each})"
+            f"loaders: {train}, {val} and {test} batches of images of {width}x{height} pixels in "
+            f"{len(self.classes)} classes"
         ]
 
 

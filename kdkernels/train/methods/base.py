@@ -42,7 +42,8 @@ class Method(nn.Module):
     composed with has it already. Without ``needs_teacher``, a teacher is only measured against.
 
     ``top_k_temperature`` is the one temperature at which it can learn from a teacher's ``TopK``;
-    None if it needs all of the logits.
+    None if it needs all of the logits. One that ``needs_numbers`` looks training images up by
+    theirs, which a user's loader does not tell.
 
     Args:
         backend: which implementation runs the losses, as everywhere in kdkernels.
@@ -51,6 +52,7 @@ class Method(nn.Module):
     ce_weight: float = 1.0
     top_k_temperature: float | None = None
     needs_teacher: bool = True
+    needs_numbers: bool = False
 
     def __init__(self, backend: str = "auto") -> None:
         super().__init__()

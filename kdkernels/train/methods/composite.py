@@ -29,6 +29,7 @@ class Composite(Method):
             raise InputError(f"--method: {alone[0]} goes with no other method")
         self.methods = nn.ModuleDict(methods)
         self.needs_teacher = any(method.needs_teacher for method in methods.values())
+        self.needs_numbers = any(method.needs_numbers for method in methods.values())
         self.course = Course(self.needs_teacher)
         for method in list(methods.values())[1:]:
             method.ce_weight = 0.0

@@ -81,6 +81,10 @@ class Course:
         """
         return False
 
+    def stage(self, epoch: int) -> str:
+        """What an epoch's line in the log says of how far the student has come."""
+        return ""
+
     def selectable(self, epoch: int) -> bool:
         """Whether the student as it is after an epoch may be the one that is exported."""
         return True

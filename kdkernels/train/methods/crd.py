@@ -35,6 +35,8 @@ class CRD(FeatureMethod):
         teacher_taps: the same of the teacher, one for each of the student.
     """
 
+    needs_numbers = True
+
     def __init__(
         self,
         crd_weight: float = 0.8,

@@ -44,6 +44,8 @@ class Education(Method):
         restart: whether the learning rate's schedule begins anew with each grade.
     """
 
+    needs_numbers = True
+
     def __init__(
         self,
         temperature: float = 4.0,

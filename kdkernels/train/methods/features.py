@@ -12,6 +12,9 @@ from kdkernels.train.errors import InputError
 from kdkernels.train.methods.base import Method, Output
 from kdkernels.train.models import Taps, usual_taps
 
+# Modules of a network that an error names.
+MOST_NAMED = 12
+
 
 class FeatureMethod(Method):
     """A method that compares features of the student with as many of the first teacher.
@@ -35,12 +38,8 @@ class FeatureMethod(Method):
         """Which of a network's usual places are compared."""
 
     def taps(self, student: nn.Module, teachers: Sequence[nn.Module]) -> list[Sequence[str]]:
-        student_taps, teacher_taps = (
-            list(given or self.usual(usual_taps(network)))
-            for given, network in (
-                (self.student_taps, student), (self.teacher_taps, teachers[0])
-            )
-        )  # fmt: skip
+        student_taps = self._places("student", self.student_taps, student)
+        teacher_taps = self._places("teacher", self.teacher_taps, teachers[0])
         if len(student_taps) != len(teacher_taps):
             raise InputError(
                 f"the student's features {student_taps} and the teacher's {teacher_taps} do not "
@@ -54,6 +53,21 @@ class FeatureMethod(Method):
         self.student_taps, self.teacher_taps = student_taps, teacher_taps
         return [student_taps, teacher_taps, *[()] * (len(teachers) - 1)]
 
+    def _places(self, side: str, given: list[str] | None, network: nn.Module) -> list[str]:
+        if given:
+            return list(given)
+        try:
+            return list(self.usual(usual_taps(network)))
+        except InputError as error:
+            names = sorted((name for name, _ in network.named_modules() if name), key=_depth)
+            more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+            raise InputError(
+                f"{side}: {error} to compare, as many of either network: options="
+                f"{{'student_taps': [...], 'teacher_taps': [...]}}, on the command line "
+                f"--student-taps and --teacher-taps. It has {', '.join(names[:MOST_NAMED])}{more}; "
+                f"'NAME:input' is what one takes"
+            ) from error
+
     def features(
         self, student_out: Output, teacher_out: Sequence[Output]
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -62,3 +76,7 @@ class FeatureMethod(Method):
             [student_out.features[path] for path in self.student_taps],
             [teacher_out[0].features[path] for path in self.teacher_taps],
         )
+
+
+def _depth(name: str) -> int:
+    return name.count(".")

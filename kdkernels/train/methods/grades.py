@@ -37,8 +37,11 @@ class Grades(Course):
         self.replay, self.order, self.restart = replay, order, restart
 
     def specialities(self, classes: int) -> Sequence[range]:
-        if classes < self.grades:
-            raise InputError(f"--grades: expected at most {classes}, one a class")
+        if 1 < self.grades and classes < 2 * self.grades:
+            raise InputError(
+                f"--grades {self.grades}: expected at most {max(classes // 2, 1)} for {classes} "
+                f"classes: a specialist needs two or more to tell apart"
+            )
         edges = [group * classes // self.grades for group in range(self.grades + 1)]
         return [range(*edge) for edge in pairwise(edges)]
 
@@ -131,6 +134,9 @@ class Grades(Course):
     def on_boundary(self, epoch: int, trained: GrowingStudent) -> bool:
         trained.grade = self._grade(epoch)
         return epoch in self.starts[1:]
+
+    def stage(self, epoch: int) -> str:
+        return f"grade {self._grade(epoch) + 1} of {self.grades}"
 
     def selectable(self, epoch: int) -> bool:
         return self._grade(epoch) == self.grades - 1

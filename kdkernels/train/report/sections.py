@@ -77,7 +77,12 @@ def facts(run: Run) -> str:
 
 def teachers(run: Run) -> str:
     """The run's teachers; several are tested on the classes that each of them teaches."""
-    shown = [f"{t['model']} ({100 * t['test']['accuracy']:.2f} % on test)" for t in run.teachers]
+    shown = []
+    for teacher in run.teachers:
+        own = teacher.get("classes")
+        of = f" of classes {own[0]}..{own[-1]}" if own else ""
+        accuracy = 100 * teacher["test"]["accuracy"]
+        shown.append(f"{teacher['model']} ({accuracy:.2f} % on test{of})")
     return ", ".join(shown)
 
 

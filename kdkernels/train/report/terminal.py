@@ -47,10 +47,11 @@ def say(*lines: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def epoch_line(label: str, epochs: int, record: Mapping[str, Any]) -> str:
-    """An epoch's record in short."""
+def epoch_line(label: str, epochs: int, record: Mapping[str, Any], stage: str = "") -> str:
+    """An epoch's record in short, with its ``stage`` of a course that has any."""
+    stage = f" ({stage})" if stage else ""
     return (
-        f"{label}: epoch {record['epoch']}/{epochs}, loss {record['train']['loss']:.4g}, "
+        f"{label}: epoch {record['epoch']}/{epochs}{stage}, loss {record['train']['loss']:.4g}, "
         f"validation {100 * record['val']['accuracy']:.2f} %, "
         f"{record['samples_per_second']:.0f} images/s"
     )
