@@ -271,10 +271,30 @@ def test_module_in_another_precision(dtype):
 def test_bad_modules(options, error, message):
     with pytest.raises(error, match=message):
         make_module(**options)
-    with pytest.raises(ValueError, match="CRDLoss: labels must be a tensor of shape"):
+    with pytest.raises(ValueError, match=r"CRDLoss: labels must have shape \(40,\), got \(39,\)"):
         modules.CRDLoss(6, 9, 40, torch.arange(39))
+    with pytest.raises(TypeError, match="CRDLoss: labels must be a tensor, got list"):
+        modules.CRDLoss(6, 9, 40, [0] * 40)
     with pytest.raises(ValueError, match="CRDLoss: negatives must be given"):
         modules.CRDLoss(6, 9, 40)(*batch())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"student": torch.ones(5, 7)}, ValueError, r"with 6 features a sample, got \(5, 7\)"),
+        ({"teacher": torch.ones(5, 9, 2, 2)}, ValueError, r"with 9 .* got \(5, 9, 2, 2\)"),
+        ({"teacher": torch.ones(9)}, ValueError, r"teacher must have shape \(B, ...\)"),
+        ({"student": [1.0]}, TypeError, "student must be a tensor, got list"),
+        ({"index": torch.arange(4)}, ValueError, r"index must have shape \(5,\), got \(4,\)"),
+        ({"index": torch.arange(5) + 36}, ValueError, r"index must be in \[0, 40\), got 40"),
+        ({"index": torch.ones(5)}, TypeError, "index must be integers, got torch.float32"),
+    ],
+)
+def test_bad_calls_of_the_module(change, error, message):
+    given = dict(zip(("student", "teacher", "index"), batch(), strict=True))
+    with pytest.raises(error, match=f"^CRDLoss: .*{message}"):
+        make_module()(**given | change)
 
 
 @backends

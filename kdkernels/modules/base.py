@@ -9,6 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdkernels import checks
+
+
+def embedded(name: str, argument: str, value, layer: nn.Linear) -> Tensor:
+    """Features (B, ...), flattened, through a linear layer."""
+    checks.floats(name, argument, value)
+    if value.dim() < 2 or value.shape[1:].numel() != layer.in_features:
+        raise ValueError(
+            f"{name}: {argument} must have shape (B, ...) with {layer.in_features} features a "
+            f"sample, got {tuple(value.shape)}."
+        )
+    return layer(value.flatten(1))
+
 
 class LossModule(nn.Module):
     """Base of the modules: a subclass names a function of ``kdkernels.functional``.

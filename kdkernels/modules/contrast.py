@@ -9,8 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import backends, checks, functional
+from kdkernels.modules.base import embedded
 
 __all__ = ["CRDLoss"]
+
+
+def _integers(name: str, argument: str, value, shape: tuple[int, ...]) -> None:
+    checks.tensor(name, argument, value)
+    if value.dtype not in checks.INTEGERS:
+        raise TypeError(f"{name}: {argument} must be integers, got {value.dtype}.")
+    if value.shape != shape:
+        raise ValueError(
+            f"{name}: {argument} must have shape {tuple(shape)}, got {tuple(value.shape)}."
+        )
 
 
 _HELD = ("temperature", "eps", "reduction", "group", "backend")
@@ -66,10 +77,8 @@ class CRDLoss(nn.Module):
         for argument, value in sizes.items():
             if checks.integer(name, argument, value) < 1:
                 raise ValueError(f"{name}: {argument} must be at least 1, got {value}.")
-        if labels is not None and (
-            not isinstance(labels, Tensor) or labels.shape != (num_samples,)
-        ):
-            raise ValueError(f"{name}: labels must be a tensor of shape ({num_samples},).")
+        if labels is not None:
+            _integers(name, "labels", labels, (num_samples,))
         checks.choice(name, "backend", backend, backends.BACKENDS)
         self.num_negatives, self.momentum, self.generator = num_negatives, momentum, generator
         self.temperature, self.eps, self.reduction = temperature, eps, reduction
@@ -101,15 +110,19 @@ class CRDLoss(nn.Module):
 
         ``negatives`` (B, K) are drawn where they are not given.
         """
+        name = type(self).__name__
+        anchors = (
+            embedded(name, "student", student, self.student_embed),
+            embedded(name, "teacher", teacher, self.teacher_embed),
+        )
+        _integers(name, "index", index, student.shape[:1])
         if negatives is None:
+            checks.indices(name, "index", index, len(self.student_bank))
             if self.labels is None:
-                raise ValueError(
-                    f"{type(self).__name__}: negatives must be given, or labels to the constructor."
-                )
+                raise ValueError(f"{name}: negatives must be given, or labels to the constructor.")
             negatives = functional.sample_negatives(
                 self.labels, index, self.num_negatives, generator=self.generator
             )
-        anchors = self.student_embed(student.flatten(1)), self.teacher_embed(teacher.flatten(1))
         samples = (self.student_bank, self.teacher_bank, index, negatives)
         if self._normalized:
             normalizer = self.normalizer

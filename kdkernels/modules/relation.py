@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdkernels import backends, checks, functional
-from kdkernels.modules.base import LossModule
+from kdkernels.modules.base import LossModule, embedded
 
 __all__ = [
     "CCLoss",
@@ -122,10 +122,13 @@ class CCLoss(RelationLoss, function=functional.cc_loss):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of ``student`` (B, ...) against ``teacher`` (B, ...)."""
-        student, teacher = student.flatten(1), teacher.flatten(1)
-        if self.student_embed is not None:
-            student, teacher = self.student_embed(student), self.teacher_embed(teacher)
-        return self._call(student, teacher)
+        if self.student_embed is None:
+            return self._call(student.flatten(1), teacher.flatten(1))
+        name = type(self).__name__
+        return self._call(
+            embedded(name, "student", student, self.student_embed),
+            embedded(name, "teacher", teacher, self.teacher_embed),
+        )
 
 
 class SSKDLoss(nn.Module):
