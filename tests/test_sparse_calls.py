@@ -202,3 +202,22 @@ def test_bad_indices_are_nan_where_they_are_not_checked(backend, device, monkeyp
         assert torch.equal(rows.isnan(), bad)
         (gradient,) = torch.autograd.grad(rows.sum(), student)
         assert gradient[~bad].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", LOSSES["topk_tv"].backends())
+def test_no_logits_for_log_probabilities(backend):
+    """Nor probabilities. A little above 0 is rounding, and rows that do not count hold anything."""
+    student, teacher = dense()
+    options = {"backend": backend}
+    for wrong in (teacher, (3 * teacher).softmax(-1)):
+        values, indices = wrong.topk(8)
+        with pytest.raises(ValueError, match=r"topk_values must be log-prob.*values='logits'"):
+            kd.topk_divergence(student, values, indices, **options)
+        kd.topk_divergence(student, values, indices, missing="renormalize", **options)
+    values, indices = teacher.log_softmax(-1).topk(8)
+    kd.topk_divergence(student, values - values.max() + 0.2, indices, **options)
+    expected = kd.topk_divergence(student[:3], values[:3], indices[:3], **options)
+    mask, labels = torch.arange(6) < 3, torch.where(torch.arange(6) < 3, 0, -100)
+    values[3:] = 100.0
+    for absent in ({"mask": mask}, {"labels": labels}):
+        close(kd.topk_divergence(student, values, indices, **absent, **options), expected)

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from kdkernels import checks, divergences, ops, reference
 from kdkernels.divergences import KINDS, MISSING, TopKChoices, TopKNumbers
-from kdkernels.functional.rows import prepare
+from kdkernels.functional.rows import Rows, prepare
 from kdkernels.ops.rowwise import compute_dtype
 
 __all__ = ["topk_divergence"]
 
 
+# No log-probability is above 0; but one that is stored coarsely may be, a little.
+MOST_LOG_PROB = 0.5
 _KINDS = ("forward_kl", "reverse_kl", "js", "tv")
 
 
@@ -48,7 +50,9 @@ def topk_divergence(
     labels: class indices ``(...)``; they only mask, by ``ignore_index``.
     kind: ``"forward_kl"``, ``"reverse_kl"``, ``"js"`` (with ``beta``, .5 by default, as in
         :func:`js_div`) or ``"tv"``.
-    values: ``"log_probs"`` over all classes, or ``"logits"``, known up to a constant a row.
+    values: ``"log_probs"`` over all classes, or ``"logits"``, known up to a constant a row. The
+        tail cannot be told from the latter: a finite log-probability above 0.5, which no rounding
+        explains, raises ``ValueError`` on the CPU where it would be.
     missing: what becomes of the other classes, the tail:
 
         ==================  ====================================================================
@@ -117,6 +121,8 @@ def topk_divergence(
         teacher_logsumexp = checks.per_row(
             name, "teacher_logsumexp", teacher_logsumexp, student, dtype
         )
+    if values == "log_probs" and missing == "tail" and teacher_logsumexp is None:
+        _check_log_probs(name, topk_values.detach(), rows, ignore_index)
     numbers = TopKNumbers(rows.temperature, rows.teacher_temperature, beta)
     choices = TopKChoices(
         KINDS.index(kind), rows.t2, rows.reduction, ignore_index, MISSING.index(missing),
@@ -167,6 +173,30 @@ def _check_topk(name: str, student: Tensor, values: Tensor, indices: Tensor) -> 
         )
 
 
+def _check_log_probs(name: str, values: Tensor, rows: Rows, ignore_index: int) -> None:
+    """None is too large for a log-probability, as logits and probabilities would be."""
+    if not checks.readable(values) or not values.numel() or values.max() <= MOST_LOG_PROB:
+        return
+    values = values.reshape(-1, values.shape[-1])
+    values = values[_counts(values[:, 0], rows.labels, rows.mask, ignore_index)]
+    bad = values[(values > MOST_LOG_PROB) & values.isfinite()]
+    if bad.numel():
+        raise ValueError(
+            f"{name}: topk_values must be log-probabilities, at most 0, with values='log_probs', "
+            f"got {bad[0].item():g}; for logits there is values='logits'."
+        )
+
+
+def _counts(like: Tensor, labels, mask, ignore_index: int) -> Tensor:
+    """Which of the N rows count."""
+    counts = torch.ones_like(like, dtype=torch.bool)
+    if mask is not None:
+        counts &= mask
+    if labels is not None and labels.dtype == torch.int64:
+        counts &= labels != ignore_index
+    return counts
+
+
 def _flat_indices(
     name: str, indices, values, student, labels, mask, ignore_index: int, read: bool
 ) -> Tensor:
@@ -178,10 +208,7 @@ def _flat_indices(
     if read and checks.readable(indices) and indices.numel():
         classes, k = student.shape[-1], indices.shape[-1]
         looked_at = ~torch.isneginf(values.detach().reshape(-1, k))
-        if mask is not None:
-            looked_at &= mask.unsqueeze(-1)
-        if labels is not None and labels.dtype == torch.int64:
-            looked_at &= (labels != ignore_index).unsqueeze(-1)
+        looked_at &= _counts(indices[:, 0], labels, mask, ignore_index).unsqueeze(-1)
         if (looked_at & ((indices < 0) | (indices >= classes))).any():
             raise ValueError(
                 f"{name}: topk_indices must be in [0, {classes}) where topk_values is not -inf."
