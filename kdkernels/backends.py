@@ -45,6 +45,7 @@ COMPOSITE_ON_GPU = {
     "relation.polynomial": "composite by design: torch's product reads 4 B D bytes a side, what "
     "comes after it 4 B^2",
     "relation.neighbours": "composite by design: 8 B D bytes of embeddings",
+    "contrast.sample_negatives": "composite by design: a shuffle, a sort and a search of n numbers",
 }
 
 _preference = os.environ.get("KDKERNELS_BACKEND", "auto")

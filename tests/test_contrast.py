@@ -15,6 +15,7 @@ from counting import Count
 
 from kdkernels import functional as kd
 from kdkernels import modules
+from kdkernels.backends import verdict
 from kdkernels.bench import measure
 from kdkernels.testing import LOSSES, assert_close_to_oracle, gradients, leaves
 from kdkernels.testing.contrast import crd_published
@@ -125,22 +126,30 @@ def test_of_a_repeated_sample_the_last_counts():
         assert torch.equal(inputs[bank], once[bank])
 
 
-def test_negatives_are_of_other_classes_and_distinct():
+samplers = pytest.mark.parametrize(
+    "backend",
+    [b for b in ("reference", "cpu") if verdict("contrast.sample_negatives", b, "cpu").ok],
+)
+
+
+@samplers
+def test_negatives_are_of_other_classes_and_distinct(backend):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (200,), generator=generator)
     index = torch.randint(200, (64,), generator=generator)
-    drawn = kd.sample_negatives(labels, index, 100, generator=generator)
+    drawn = kd.sample_negatives(labels, index, 100, generator=generator, backend=backend)
     assert drawn.shape == (64, 100) and drawn.dtype == torch.int64
     assert (labels[drawn] != labels[index].unsqueeze(1)).all()
     assert all(len(row.unique()) == 100 for row in drawn)
 
 
-def test_negatives_are_uniform():
+@samplers
+def test_negatives_are_uniform(backend):
     generator = torch.Generator().manual_seed(1)
     labels, index = torch.arange(20) % 3, torch.tensor([4])
     counts, pairs, draws = torch.zeros(20), 0, 4000
     for _ in range(draws):
-        drawn = kd.sample_negatives(labels, index, 6, generator=generator)[0]
+        drawn = kd.sample_negatives(labels, index, 6, generator=generator, backend=backend)[0]
         counts[drawn] += 1
         pairs += bool((drawn == 0).any() and (drawn == 2).any())
     others = labels != labels[4]
@@ -150,25 +159,44 @@ def test_negatives_are_uniform():
     assert abs(pairs / draws - 30 / 156) < 5 * (0.16 / draws) ** 0.5
 
 
-def test_negatives_repeat_evenly_where_there_are_too_few():
+@samplers
+def test_negatives_repeat_evenly_where_there_are_too_few(backend):
     labels = torch.tensor([0] * 7 + [1] * 3)
-    drawn = kd.sample_negatives(labels, torch.tensor([0, 8]), 10)
+    drawn = kd.sample_negatives(labels, torch.tensor([0, 8]), 10, backend=backend)
     assert sorted(drawn[0].bincount(minlength=10)[7:].tolist()) == [3, 3, 4]
     assert sorted(drawn[1].bincount(minlength=7).tolist()) == [1, 1, 1, 1, 2, 2, 2]
     with pytest.raises(ValueError, match="more than one class"):
-        kd.sample_negatives(torch.zeros(4, dtype=torch.int64), torch.tensor([0]), 2)
+        kd.sample_negatives(
+            torch.zeros(4, dtype=torch.int64), torch.tensor([0]), 2, backend=backend
+        )
 
 
-@pytest.mark.parametrize("count", [1, 20, 49, 130])
-def test_negatives_are_the_same_in_a_trace(monkeypatch, count):
-    """On CPUs they are read row by row; where that cannot be traced, they are searched for."""
-    labels, index = torch.arange(50) % 3, torch.arange(0, 50, 7)
+@samplers
+@pytest.mark.parametrize("count", [1, 20, 49, 130, 500])
+@pytest.mark.parametrize("n", [50, 700])
+def test_negatives_are_the_same_however_found(monkeypatch, count, n, backend):
+    """Read row by row, searched for where that cannot be traced, or scanned for by the kernel."""
+    labels, index = torch.arange(n) % 3, torch.arange(0, n, 7)
     draws = []
     for traced in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda traced=traced: traced)
-        generator = torch.Generator().manual_seed(count)
-        draws.append(kd.sample_negatives(labels, index, count, generator=generator))
-    assert torch.equal(*draws)
+        for how in ("reference", backend):
+            generator = torch.Generator().manual_seed(count)
+            drawn = kd.sample_negatives(labels, index, count, generator=generator, backend=how)
+            draws.append(drawn.sort().values if how == "cpu" else drawn)
+    assert torch.equal(draws[0], draws[2])  # in their order, too
+    assert all(torch.equal(drawn.sort().values, draws[0].sort().values) for drawn in draws)
+
+
+@pytest.mark.skipif("cpu" not in CRD.backends(), reason="no compiled kernels")
+def test_the_order_of_negatives_is_of_no_matter():
+    """Ascending ones, as they are drawn, need no sort; others do, and have gradients alike."""
+    for shape in SHAPES:
+        inputs = leaf_inputs(*shape)
+        ascending = inputs | {"negatives": inputs["negatives"].sort().values}
+        values = [CRD(given, backend="cpu") for given in (inputs, ascending)]
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*(gradients(value, inputs) for value in values))
 
 
 def test_generator_makes_negatives_reproducible():
@@ -325,6 +353,8 @@ def test_bad_arguments(backend):
         kd.sample_negatives(torch.arange(4), torch.tensor([4]), 2)
     with pytest.raises(ValueError, match="num_negatives must be at least 1"):
         kd.sample_negatives(torch.arange(4), torch.tensor([1]), 0)
+    with pytest.raises(RuntimeError, match="sample_negatives: backend 'triton' cannot run"):
+        kd.sample_negatives(torch.arange(4), torch.tensor([1]), 2, backend="triton")
 
 
 def test_registered():
@@ -334,6 +364,8 @@ def test_registered():
     for grads in (0, 1, 3):
         arguments = (*tensors, 0.5, [0.07, 1e-7], [], grads)
         torch.library.opcheck(torch.ops.kdkernels.crd.default, arguments)
+    arguments = (torch.arange(9) % 2, torch.tensor([1, 4]), torch.randperm(9), torch.tensor([8, 3]))
+    torch.library.opcheck(torch.ops.kdkernels.sample_negatives.default, (*arguments, 3))
 
 
 def _embedded(inputs, weights, momentum):

@@ -207,6 +207,26 @@ def test_contrast_of_anything(samples, width, count, n, data):
         assert np.isfinite(loss) and not any(np.isnan(x).any() for x in gradients)
 
 
+@settings(deadline=None, max_examples=80)
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=150), st.integers(0, 5),
+    st.integers(1, 400), st.sampled_from((1, 4)),
+)  # fmt: skip
+def test_negatives_of_anything(labels, samples, count, threads):
+    labels, random = np.array(labels), np.random.default_rng(0)
+    index = random.integers(0, len(labels), samples)
+    if samples and len(set(labels)) == 1:
+        with pytest.raises(ValueError, match="labels must be of more than one class"):
+            kdnp.sample_negatives(labels, index, count, random=random)
+        return
+    drawn = kdnp.sample_negatives(labels, index, count, random=random, threads=threads)
+    for row, own in zip(drawn, labels[index], strict=True):
+        others = np.flatnonzero(labels != own)
+        often = np.bincount(row, minlength=len(labels))
+        assert often.sum() == often[others].sum() == count and (np.diff(row) >= 0).all()
+        assert np.ptp(often[others]) <= 1
+
+
 def test_errors():
     x, planes = normal(4, 3), normal(2, 3, 4, 4)
     bank, index = normal(9, 3), np.zeros(4, int)
@@ -237,6 +257,9 @@ def test_errors():
         (lambda: kdnp.crd_loss(*changed(4, index[:3])), ValueError, "index must be integers"),
         (lambda: kdnp.crd_loss(*changed(5, negatives + 9)), ValueError, "must be in"),
         (lambda: kdnp.crd_loss(*crd, threads=0), ValueError, "threads must be"),
+        (lambda: kdnp.sample_negatives(bank, index, 2), ValueError, "labels must be integers"),
+        (lambda: kdnp.sample_negatives(index, index + 4, 2), ValueError, "index must be in"),
+        (lambda: kdnp.sample_negatives(index, index, 0), ValueError, "num_negatives must be at"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()

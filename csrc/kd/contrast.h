@@ -19,6 +19,9 @@ struct CrdSide {
   void* grad = nullptr;          // (B, D) or null
 };
 
+// Rows are scored in groups of so many, of which the last reads past a sample's negatives.
+constexpr int64_t crd_spare = 8;
+
 struct CrdParams : CrdNumbers {
   int64_t samples = 0, dim = 0, negatives = 0, bank_rows = 0;
   bool in_double = false;
@@ -28,12 +31,33 @@ struct CrdParams : CrdNumbers {
   const int64_t* negative = nullptr; // (B, K)
   int64_t negative_stride = 0;       // between samples
 
-  int32_t* sorted = nullptr;         // (B, K): scratch, the negatives by tile of the bank
+  int32_t* sorted = nullptr;         // (B, K + spare): scratch, the negatives by tile of the bank
   int32_t* starts = nullptr;         // (B, tiles + 1): scratch, where each tile's begin
   double* sums = nullptr;            // (B, padded D): scratch
   double* loss = nullptr;            // (2, B), without `factor`
   uint8_t* fault = nullptr;          // (B,): 1 where an index is not in the bank
 };
+
+// Samples of other classes than each sample's own, of a data set of `rows` samples.
+struct NegativesParams {
+  int64_t count = 0, rows = 0;        // K, n
+  const int64_t* labels = nullptr;    // (n,)
+  const int64_t* shuffled = nullptr;  // (2 n,) the labels in the order of a shuffle, twice
+  const int32_t* place = nullptr;     // (n,) of each sample in that order
+  const int64_t* index = nullptr;     // (B,)
+  const int64_t* begin = nullptr;     // (B,) the first place of which one is taken
+  int64_t* drawn = nullptr;           // (B, K)
+  uint8_t* fault = nullptr;           // (B,): 1 where no other class is there
+};
+
+// Fills `shuffled` and `place` from a permutation (n,).
+static inline void crd_shuffle(const NegativesParams& p, const int64_t* shuffle, int64_t* shuffled,
+                               int32_t* place) {
+  for (int64_t j = 0; j < p.rows; j++) {
+    shuffled[j] = shuffled[p.rows + j] = p.labels[shuffle[j]];
+    place[shuffle[j]] = (int32_t)j;
+  }
+}
 
 // Rows of the bank are visited tile by tile, a tile being what L1 holds, if a batch wants a
 // row several times; else a tile is the whole bank. By the shape alone, on which the order of sums

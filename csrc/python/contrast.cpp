@@ -27,7 +27,8 @@ double crd(const py::array& student, const py::array& teacher, const py::array& 
   p.index = static_cast<const int64_t*>(index.data());
   p.negative = static_cast<const int64_t*>(negatives.data());
   p.negative_stride = p.negatives;
-  std::vector<int32_t> sorted(p.samples * p.negatives), starts(p.samples * (kd::crd_tiles(p) + 1));
+  std::vector<int32_t> sorted(p.samples * (p.negatives + kd::crd_spare));
+  std::vector<int32_t> starts(p.samples * (kd::crd_tiles(p) + 1));
   std::vector<double> sums(p.samples * kd::crd_padded(p)), losses(2 * p.samples);
   std::vector<uint8_t> fault(p.samples);
   p.sorted = sorted.data(), p.starts = starts.data(), p.sums = sums.data();
@@ -46,8 +47,37 @@ double crd(const py::array& student, const py::array& teacher, const py::array& 
   return factor * loss;
 }
 
+// Fills `drawn` (B, K). All are contiguous int64: labels and a permutation (n,), index and places in
+// the permutation to begin at (B,).
+void sample_negatives(const py::array& labels, const py::array& index, const py::array& shuffle,
+                      const py::array& begin, py::array drawn, int threads) {
+  kd::NegativesParams p;
+  p.count = drawn.shape(1), p.rows = labels.shape(0);
+  if (p.rows > INT32_MAX) throw py::value_error("at most 2^31 - 1 samples");
+  std::vector<int64_t> shuffled(2 * p.rows);
+  std::vector<int32_t> place(p.rows);
+  std::vector<uint8_t> fault(index.shape(0));
+  p.labels = static_cast<const int64_t*>(labels.data());
+  p.index = static_cast<const int64_t*>(index.data());
+  p.begin = static_cast<const int64_t*>(begin.data());
+  p.drawn = static_cast<int64_t*>(drawn.mutable_data());
+  p.shuffled = shuffled.data(), p.place = place.data(), p.fault = fault.data();
+  const int64_t* const order = static_cast<const int64_t*>(shuffle.data());
+  {
+    py::gil_scoped_release release;
+    kd::crd_shuffle(p, order, shuffled.data(), place.data());
+    split_tasks(fault.size(), threads,
+                [&](int64_t a, int64_t b) { kd::kernels().negatives(p, a, b); });
+  }
+  if (std::count(fault.begin(), fault.end(), 1))
+    throw py::value_error("labels must be of more than one class.");
+}
+
 }  // namespace
 
-void bind_contrast(py::module_& m) { m.def("crd", &crd); }
+void bind_contrast(py::module_& m) {
+  m.def("crd", &crd);
+  m.def("sample_negatives", &sample_negatives);
+}
 
 }  // namespace kd::python

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> crd(
   p.negative = static_cast<const int64_t*>(negatives.const_data_ptr());
   p.negative_stride = negatives.stride(0);
 
-  const Tensor sorted = contiguous({p.samples, p.negatives}, ScalarType::Int);
+  const Tensor sorted = contiguous({p.samples, p.negatives + kd::crd_spare}, ScalarType::Int);
   const Tensor starts = contiguous({p.samples, kd::crd_tiles(p) + 1}, ScalarType::Int);
   const Tensor sums = contiguous({p.samples, kd::crd_padded(p)}, ScalarType::Double);
   p.sorted = static_cast<int32_t*>(sorted.mutable_data_ptr());
@@ -60,6 +60,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> crd(
           nothing(dtype), nothing(dtype), nothing(dtype), nothing(dtype)};
 }
 
+Tensor sample_negatives(Tensor labels, Tensor index, Tensor shuffle, Tensor begin, int64_t count) {
+  kd::NegativesParams p;
+  p.count = count, p.rows = labels.size(0);
+  STD_TORCH_CHECK(p.rows <= INT32_MAX, "kdkernels: at most 2^31 - 1 samples");
+  const int64_t samples = index.size(0);
+  const Tensor shuffled = contiguous({2, p.rows}, ScalarType::Long);
+  const Tensor place = contiguous({p.rows}, ScalarType::Int);
+  Tensor drawn = contiguous({samples, count}, ScalarType::Long);
+  std::vector<uint8_t> fault(samples);
+  p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+  p.shuffled = static_cast<const int64_t*>(shuffled.const_data_ptr());
+  p.place = static_cast<const int32_t*>(place.const_data_ptr());
+  p.index = static_cast<const int64_t*>(index.const_data_ptr());
+  p.begin = static_cast<const int64_t*>(begin.const_data_ptr());
+  p.drawn = static_cast<int64_t*>(drawn.mutable_data_ptr());
+  p.fault = fault.data();
+  kd::crd_shuffle(p, static_cast<const int64_t*>(shuffle.const_data_ptr()),
+                  static_cast<int64_t*>(shuffled.mutable_data_ptr()),
+                  static_cast<int32_t*>(place.mutable_data_ptr()));
+  const auto& kernel = kd::kernels().negatives;
+  torch::stable::parallel_for(0, samples, kd::rows_per_task(p.rows),
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  for (const uint8_t alone : fault)
+    STD_TORCH_CHECK(!alone, "labels must be of more than one class.");
+  return drawn;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) { m.impl("crd", TORCH_BOX(&crd)); }
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("crd", TORCH_BOX(&crd));
+  m.impl("sample_negatives", TORCH_BOX(&sample_negatives));
+}

@@ -156,7 +156,12 @@ def crd_normalizer(
 
 @torch.no_grad()
 def sample_negatives(
-    labels: Tensor, index: Tensor, num_negatives: int, *, generator: torch.Generator | None = None
+    labels: Tensor,
+    index: Tensor,
+    num_negatives: int,
+    *,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """``num_negatives`` samples of other classes (B, K) for each of the samples ``index`` (B,).
 
@@ -165,8 +170,9 @@ def sample_negatives(
     times, rounded up or down. The rows of one call are windows of one shuffle of the data set: each
     by itself is random, but they are not independent of each other.
 
-    ``generator`` (on the labels' device) makes it reproducible. The host does not wait for a GPU.
-    Raises ``ValueError`` where all samples are of one class.
+    ``generator`` (on the labels' device) makes it reproducible; the order within a row is the
+    backend's (``"auto"``, ``"reference"`` or ``"cpu"``). The host does not wait for a GPU. Raises
+    ``ValueError`` where all samples are of one class.
     """
     name = "sample_negatives"
     labels = _integers(name, "labels", labels, 1)
@@ -176,7 +182,18 @@ def sample_negatives(
     checks.same_device(name, "index", index, labels)
     n, device = len(labels), labels.device
     checks.indices(name, "index", index, n)
+    backend = backends.select("contrast.sample_negatives", device.type, backend, name)
     shuffle = torch.randperm(n, generator=generator, device=device)
+    # Where in the shuffle each window begins.
+    begin = torch.rand(len(index), generator=generator, device=device, dtype=torch.float64)
+    begin = (begin * n).long()
+    if backend == "cpu":
+        given = (labels.contiguous(), index.contiguous(), shuffle, begin, num_negatives)
+        try:
+            return torch.ops.kdkernels.sample_negatives(*given)
+        except RuntimeError as error:
+            checks.raise_for_labels(name, error)
+            raise
     # The places of each class in the shuffle, one class after another.
     classes, place = labels[shuffle].sort(stable=True)
     own = labels[index]
@@ -185,20 +202,18 @@ def sample_negatives(
     if checks.readable(labels) and not others.all():
         raise ValueError(f"{name}: labels must be of more than one class.")
     others = others.clamp(min=1)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        return _walk(shuffle, labels[shuffle], own, begin, others, num_negatives)
     # The j-th sample of another class stands in the shuffle behind j of these and behind the t
     # members of the own class whose place less their number before is at most j.
-    number = torch.arange(n, device=device)
+    number, first = torch.arange(n, device=device), first.unsqueeze(1)
     begins = torch.searchsorted(classes, classes)
-    keys = begins * (n + 1) + place - (number - begins)
-    start = torch.rand(len(index), generator=generator, device=device, dtype=torch.float64)
-    start = (start * others).long()
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        begin = start + torch.searchsorted(keys, start + first * (n + 1), right=True) - first
-        return _walk(shuffle, labels[shuffle], own, begin, others, num_negatives)
-    walk = torch.arange(num_negatives, device=device)
-    j = (start.unsqueeze(1) + walk) % others.unsqueeze(1)
-    sought = j + (first * (n + 1)).unsqueeze(1)
-    return shuffle[j + torch.searchsorted(keys, sought, right=True) - first.unsqueeze(1)]
+    places = begins * (n + 1) + place
+    begin = begin.unsqueeze(1)
+    passed = begin - (torch.searchsorted(places, first * (n + 1) + begin) - first)
+    j = (passed + torch.arange(num_negatives, device=device)) % others.unsqueeze(1)
+    keys = places - (number - begins)
+    return shuffle[j + torch.searchsorted(keys, first * (n + 1) + j, right=True) - first]
 
 
 def _walk(shuffle, classes, own, begin, others, count) -> Tensor:

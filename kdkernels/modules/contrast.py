@@ -121,7 +121,11 @@ class CRDLoss(nn.Module):
             if self.labels is None:
                 raise ValueError(f"{name}: negatives must be given, or labels to the constructor.")
             negatives = functional.sample_negatives(
-                self.labels, index, self.num_negatives, generator=self.generator
+                self.labels,
+                index,
+                self.num_negatives,
+                generator=self.generator,
+                backend="reference" if self.backend == "reference" else "auto",
             )
         samples = (self.student_bank, self.teacher_bank, index, negatives)
         if self._normalized:

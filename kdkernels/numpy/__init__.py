@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from kdkernels.numpy.attention import AttentionGradients, class_attention
 from kdkernels.numpy.batchwise import BatchGradients, dist_loss
-from kdkernels.numpy.contrast import crd_loss
+from kdkernels.numpy.contrast import crd_loss, sample_negatives
 from kdkernels.numpy.ensemble import EnsembleGradients, multi_teacher_kl_div
 from kdkernels.numpy.maps import (
     MapGradients,
@@ -81,6 +81,7 @@ __all__ = [
     "ofd_loss",
     "pkt_loss",
     "rkd_loss",
+    "sample_negatives",
     "sp_loss",
     "topk_divergence",
     "vid_loss",

@@ -77,3 +77,36 @@ def crd_loss(
     return np.asarray(loss, dtype), RelationGradients(
         *(g.astype(x.dtype, copy=False) for g, x in sides)
     )
+
+
+def sample_negatives(
+    labels: np.ndarray,
+    index: np.ndarray,
+    num_negatives: int,
+    *,
+    random: np.random.Generator | None = None,
+    threads: int = 1,
+) -> np.ndarray:
+    """``kdkernels.functional.sample_negatives``, with numbers of ``random``; ascending rows."""
+    name = "sample_negatives"
+    arrays.threads(name, threads)
+    for argument, value in (("labels", labels), ("index", index)):
+        if value.dtype.kind not in "iu" or value.ndim != 1:
+            raise ValueError(
+                f"{name}: {argument} must be integers of shape (n,), got {value.dtype} of shape "
+                f"{value.shape}."
+            )
+    if num_negatives < 1:
+        raise ValueError(f"{name}: num_negatives must be at least 1, got {num_negatives}.")
+    n = len(labels)
+    if ((index < 0) | (index >= n)).any():
+        raise ValueError(f"{name}: index must be in [0, {n}).")
+    random = random or np.random.default_rng()
+    shuffle, begin = random.permutation(n), random.integers(0, max(n, 1), len(index))
+    drawn = np.empty((len(index), num_negatives), np.int64)
+    given = [np.require(x, np.int64, "CA") for x in (labels, index, shuffle, begin)]
+    try:
+        arrays.native(name).sample_negatives(*given, drawn, threads)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return drawn

@@ -33,6 +33,7 @@ namespace kd {
   X(nst_grams, (const NSTGrams&, int64_t begin, int64_t end))                            \
   X(neighbour_columns, (const Neighbours&, int64_t begin, int64_t end))                  \
   X(crd, (const CrdParams&, int64_t begin, int64_t end))                                 \
+  X(negatives, (const NegativesParams&, int64_t begin, int64_t end))                     \
   X(scale_row, (const Rows& grad, int64_t row, int64_t classes, double factor))          \
   X(attention, (const ClassAttention&, AttentionStep, int64_t begin, int64_t end))       \
   X(row_attention, (const RowAttention&, RowStep, int64_t begin, int64_t end))           \

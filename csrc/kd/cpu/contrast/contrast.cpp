@@ -8,6 +8,9 @@
 // A sample's negatives are first sorted by tiles of the bank, and the samples take turns on a tile: a
 // bank is then read from memory once, and not B K / n times, each tile while the one before is at
 // work. Where it is so large that this would help little, its rows are prefetched a batch ahead.
+//
+// A batch is scored while the probabilities of the one before, a long chain of operations, are
+// found, and the one before that is added.
 #include <stdint.h>
 #if KD_BYTES > 16  // AVX2 and AVX-512
 #include <immintrin.h>
@@ -20,107 +23,165 @@ namespace KD_ISA {
 #include "../simd.h"
 #include "../staging.h"
 #include "../sweep.h"
+#include "negatives.h"
 
 constexpr int batch = 32;  // rows scored before their probabilities are found
 constexpr int group = 8;   // rows scored at once: independent sums hide the latency of additions
 constexpr int line = 64;   // bytes
+static_assert(group == crd_spare);
 
-// Products of `group` rows with one vector.
+// Of a and b, seen as parts of so many lanes, the sums of either half of each part.
+template <int part, class V>
+KD_FN V fold(V a, V b) {
+  constexpr int width = Lanes<V>::count;
+  typename Lanes<V>::I first;
+  for (int i = 0; i < width; i++) first[i] = i / (part / 2) * part + i % (part / 2);
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + part / 2);
+}
+// The sums over the lanes of n vectors, in their order in the first lanes of those that are left.
+template <int n, int part, class V>
+KD_FN void fold_all(V* x) {
+  if constexpr (part > 1) {
+    constexpr int left = n > 1 ? n / 2 : 1;
+    for (int j = 0; j < left; j++) x[j] = fold<part>(x[2 * j % n], x[(2 * j + 1) % n]);
+    fold_all<left, part / 2>(x);
+  }
+}
+
+// Products of the rows id[0], ..., id[group - 1] with one vector.
 template <class S>
-KD_FN void dots(const S* const* row, const S* v, int dim, S* out) {
+KD_FN void dots(const S* bank, const int32_t* id, const S* v, int64_t dim, S* out) {
   using V = typename VectorOf<S>::V;
+  constexpr int width = Lanes<V>::count;
+  const S* row[group];
+  for (int r = 0; r < group; r++) row[r] = bank + dim * id[r];
   V sums[group] = {};
-  sweep<V>(dim, [&](int d, auto w) {
+  sweep<V>((int)dim, [&](int d, auto w) {
     const V x = read<V>(v + d, w, S(0));
     for (int r = 0; r < group; r++) sums[r] += x * read<V>(row[r] + d, w, S(0));
   });
-  for (int r = 0; r < group; r++) out[r] = sum(sums[r]);
+  fold_all<group, width>(sums);
+  for (int r = 0; r < group; r += width) store(out + r, sums[r / width]);
 }
 
-// to += the sum of weight[r] row[r] over a batch, of `vectors` vectors at column d.
+template <int n> struct Vectors { static constexpr int count = n; };
+
+// to += the sum of weight[r] times row id[r] over a batch, of `vectors` vectors at column d.
 template <int vectors, class S, class W>
-KD_FN void add_columns(const S* const* row, const S* weight, int rows, int d, W w, double* to) {
+KD_FN void add_columns(const S* bank, const int32_t* id, const S* weight, int rows, int64_t dim,
+                       int64_t d, W w, double* to) {
   using V = typename VectorOf<S>::V;
   constexpr int width = Lanes<V>::count;
   V sums[vectors] = {};
   for (int r = 0; r < rows; r++) {
     const V c = all<V>(weight[r]);
-    for (int j = 0; j < vectors; j++) sums[j] += c * read<V>(row[r] + d + j * width, w, S(0));
+    const S* const row = bank + dim * id[r] + d;
+    for (int j = 0; j < vectors; j++) sums[j] += c * read<V>(row + j * width, w, S(0));
   }
   S found[vectors * width];
   for (int j = 0; j < vectors; j++) store(found + j * width, sums[j]);
   for (int i = 0; i < vectors * width; i++) to[d + i] += found[i];
 }
-template <class S>
-KD_FN void add_rows(const S* const* row, const S* weight, int rows, int dim, double* to) {
-  constexpr int width = Lanes<typename VectorOf<S>::V>::count, most = 8;
-  int d = 0;
-  for (; d + most * width <= dim; d += most * width)
-    add_columns<most>(row, weight, rows, d, Whole{}, to);
-  for (; d + width <= dim; d += width) add_columns<1>(row, weight, rows, d, Whole{}, to);
-  if (d < dim) add_columns<1>(row, weight, rows, d, Part{dim - d}, to);
-}
 
-// Loss and gradient of one sample on one side.
+// One bank's rows, asked for by one sample after another.
 template <class S>
-struct Anchor {
-  const CrdParams& p;
-  const CrdSide& side;
-  const S* v;
-  double* sums;  // padded to whole vectors
-  S rate, shift;
-  bool far;  // the rows are not in a cache
-  double loss = 0;
+struct Side {
+  using V = typename VectorOf<S>::V;
+  static constexpr int width = Lanes<V>::count;
 
-  // Adds the rows `id`: as negatives, c / (P + c), where sign is 1, as positives, P / (P + c),
-  // where it is -1. Both are sigmoids, of u = score / temperature - log(c Z) or its negative.
-  void add(const int32_t* id, int64_t n, S sign) {
-    using V = typename VectorOf<S>::V;
-    constexpr S none = S(-__builtin_inf());
-    const int dim = (int)p.dim;
-    const S* const bank = (const S*)side.bank;
+  struct Batch {
+    const int32_t* id = nullptr;
+    int rows = 0;
+    S sign = 0;
+    double *sums = nullptr, *loss = nullptr;  // of the sample
+    alignas(64) S weight[batch + width] = {};  // a score before
+  };
+
+  const S* const bank;
+  const int64_t dim;
+  const S rate, shift;
+  const bool gradient, far;  // the rows are not in a cache
+  Batch batches[3] = {};     // to be scored, weighed, added
+  int turn = 0;
+
+  // To the sample's loss and the sums of its gradient, the rows `id`, behind which there are
+  // group - 1 more to be read: as negatives, c / (P + c), where sign is 1, as positives,
+  // P / (P + c), where it is -1. Both are sigmoids, of u = score / temperature - log(c Z) or its
+  // negative.
+  void ask(const S* v, const int32_t* id, int64_t n, S sign, double* sums, double* loss) {
     for (int64_t first = 0; first < n; first += batch) {
-      const int rows = n - first < batch ? (int)(n - first) : batch;
-      const S* row[batch];
-      alignas(64) S score[batch], weight[batch];
-      for (int r = 0; r < batch; r++) row[r] = bank + p.dim * id[first + (r < rows ? r : 0)];
+      Batch& now = batches[turn];
+      now.id = id + first, now.sign = sign, now.sums = sums, now.loss = loss;
+      now.rows = n - first < batch ? (int)(n - first) : batch;
       for (int64_t k = first + batch; far && k < first + 2 * batch && k < n; k++)
         for (int d = 0; d < dim; d += line / sizeof(S))
-          __builtin_prefetch(bank + p.dim * id[k] + d);
-      for (int r = 0; r < rows; r += group) dots(row + r, v, dim, score + r);
-      for (int r = rows; r < batch; r++) score[r] = sign * none;
-      V losses{};
-      for (int r = 0; r < batch; r += Lanes<V>::count) {
-        const V u = (load<V>(score + r) * rate - shift) * sign;
-        const V e = exp(-magnitude(u));
-        losses += at_least(u, V{}) + log1p_parts(e).value;
-        store(weight + r, select(u < V{}, e, all<V>(S(1))) / (S(1) + e) * sign);
-      }
-      loss += sum(losses);
-      if (side.grad) add_rows(row, weight, rows, dim, sums);
+          __builtin_prefetch(bank + dim * id[k] + d);
+      for (int r = 0; r < now.rows; r += group) dots(bank, now.id + r, v, dim, now.weight + r);
+      store(now.weight + now.rows, all<V>(sign * S(-__builtin_inf())));
+      advance();
     }
+  }
+  void finish() {
+    for (int stage = 0; stage < 2; stage++) batches[turn].rows = 0, advance();
+  }
+
+  KD_FN void advance() {
+    weigh(batches[(turn + 2) % 3]);
+    turn = (turn + 1) % 3;
+    add(batches[turn]);
+  }
+
+  // Weights from scores. The logarithms of 1 + e are one of their product.
+  KD_FN void weigh(Batch& b) {
+    V above{}, product{};  // less 1
+    for (int r = 0; r < b.rows; r += width) {
+      const V u = (load<V>(b.weight + r) * rate - shift) * b.sign;
+      const V e = exp(-magnitude(u));
+      above += at_least(u, V{});
+      product += e + product * e;
+      store(b.weight + r, select(u < V{}, e, all<V>(S(1))) / (S(1) + e) * b.sign);
+    }
+    if (b.rows) *b.loss += sum(above + log1p_parts(product).value);
+  }
+
+  KD_FN void add(const Batch& b) {
+    constexpr int most = 8;
+    const auto columns = [&](auto vectors, int64_t d, auto w) {
+      add_columns<vectors.count>(bank, b.id, b.weight, b.rows, dim, d, w, b.sums);
+    };
+    if (!b.rows || !gradient) return;
+    int64_t d = 0;
+    for (; d + most * width <= dim; d += most * width) columns(Vectors<most>{}, d, Whole{});
+    for (; d + width <= dim; d += width) columns(Vectors<1>{}, d, Whole{});
+    if (d < dim) columns(Vectors<1>{}, d, Part{(int)(dim - d)});
   }
 };
 
-// The negatives of sample i by tile, in their order within a tile.
+// The negatives of sample i by tile, in their order within a tile, and spare rows behind them.
 inline bool sort_by_tile(const CrdParams& p, int64_t i, int bits, int64_t tiles) {
   const int64_t* const from = p.negative + i * p.negative_stride;
-  int32_t *const to = p.sorted + i * p.negatives, *const start = p.starts + i * (tiles + 1);
+  int32_t* const to = p.sorted + i * (p.negatives + crd_spare);
+  int32_t* const start = p.starts + i * (tiles + 1);
+  uint64_t largest = p.index[i];
+  bool ascending = true;
+  for (int64_t k = 0; k < p.negatives; k++)
+    largest = (uint64_t)from[k] > largest ? (uint64_t)from[k] : largest;
+  if (largest >= (uint64_t)p.bank_rows) return false;
+  for (int64_t k = 1; k < p.negatives; k++) ascending &= from[k - 1] <= from[k];
   __builtin_memset(start, 0, (tiles + 1) * sizeof *start);
-  bool sound = p.index[i] >= 0 && p.index[i] < p.bank_rows;
-  for (int64_t k = 0; k < p.negatives && sound; k++) {
-    sound = from[k] >= 0 && from[k] < p.bank_rows;
-    if (sound) start[from[k] >> bits]++;
+  __builtin_memset(to + p.negatives, 0, crd_spare * sizeof *to);
+  if (ascending) {  // as this library draws them
+    for (int64_t k = 0; k < p.negatives; k++) {
+      to[k] = (int32_t)from[k];
+      start[(from[k] >> bits) + 1] = (int32_t)(k + 1);
+    }
+    for (int64_t t = 1; t <= tiles; t++)
+      if (start[t] < start[t - 1]) start[t] = start[t - 1];
+    return true;
   }
-  if (!sound) return false;
-  int32_t before = 0;
-  for (int64_t t = 0; t <= tiles; t++) {
-    const int32_t count = start[t];
-    start[t] = before, before += count;
-  }
-  for (int64_t k = 0; k < p.negatives; k++) to[start[from[k] >> bits]++] = (int32_t)from[k];
-  for (int64_t t = tiles; t > 0; t--) start[t] = start[t - 1];  // ends are the next one's begins
-  start[0] = 0;
+  for (int64_t k = 0; k < p.negatives; k++) start[from[k] >> bits]++;
+  for (int64_t t = 1; t <= tiles; t++) start[t] += start[t - 1];
+  for (int64_t k = p.negatives; k-- > 0;) to[--start[from[k] >> bits]] = (int32_t)from[k];
   return true;
 }
 
@@ -135,17 +196,18 @@ void contrast(const CrdParams& p, int64_t begin, int64_t end) {
   const int64_t tile_bytes = row_bytes << bits, share = tile_bytes / (end - begin) + 1;
   for (int64_t i = begin; i < end; i++) p.fault[i] = !sort_by_tile(p, i, bits, tiles);
   for (int k = 0; k < 2; k++) {
-    const CrdSide& side = p.side[k];
-    const auto anchor = [&](int64_t i) {
-      return Anchor<S>{p, side, (const S*)side.anchor + i * p.dim, p.sums + i * padded,
-                       S(1 / p.temperature), S(__builtin_log(c * side.normalizer)), tiles == 1};
-    };
+    const CrdSide& given = p.side[k];
+    const auto anchor = [&](int64_t i) { return (const S*)given.anchor + i * p.dim; };
+    const auto sums = [&](int64_t i) { return p.sums + i * padded; };
+    const S shift = S(__builtin_log(c * given.normalizer));
+    Side<S> side{(const S*)given.bank, p.dim, S(1 / p.temperature), shift, given.grad != nullptr,
+                 tiles == 1};
     double* const loss = p.loss + k * p.samples;
     for (int64_t i = begin; i < end; i++) {
-      __builtin_memset(p.sums + i * padded, 0, padded * sizeof *p.sums);
+      __builtin_memset(sums(i), 0, padded * sizeof(double));
       loss[i] = constant;
     }
-    const char* const bank = (const char*)side.bank;
+    const char* const bank = (const char*)given.bank;
     for (int64_t t = 0; t < tiles; t++)
       for (int64_t i = begin; i < end; i++) {
         // The next tile comes into L2 meanwhile, a share of it with every sample.
@@ -154,19 +216,17 @@ void contrast(const CrdParams& p, int64_t begin, int64_t end) {
         for (; next < stop; next += line) __builtin_prefetch(bank + next, 0, 2);
         if (p.fault[i]) continue;
         const int32_t* const start = p.starts + i * (tiles + 1) + t;
-        Anchor<S> a = anchor(i);
-        a.add(p.sorted + i * p.negatives + start[0], start[1] - start[0], S(1));
-        loss[i] += a.loss;
+        const int32_t* const id = p.sorted + i * (p.negatives + crd_spare) + start[0];
+        side.ask(anchor(i), id, start[1] - start[0], S(1), sums(i), loss + i);
       }
     for (int64_t i = begin; i < end; i++) {
       if (p.fault[i]) continue;
-      const int32_t positive = (int32_t)p.index[i];
-      Anchor<S> a = anchor(i);
-      a.add(&positive, 1, S(-1));
-      loss[i] += a.loss;
-      S* const grad = (S*)side.grad + i * p.dim;
-      for (int64_t d = 0; side.grad && d < p.dim; d++)
-        grad[d] = S(a.sums[d] * (p.factor / p.temperature));
+      const int32_t positive[group] = {(int32_t)p.index[i]};
+      side.ask(anchor(i), positive, 1, S(-1), sums(i), loss + i);
+      side.finish();
+      S* const grad = (S*)given.grad + i * p.dim;
+      for (int64_t d = 0; given.grad && d < p.dim; d++)
+        grad[d] = S(sums(i)[d] * (p.factor / p.temperature));
     }
   }
 }
