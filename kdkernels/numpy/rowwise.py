@@ -35,6 +35,40 @@ class Parts(NamedTuple):
     non_target: np.ndarray
 
 
+def kl_div(
+    student: np.ndarray, teacher: np.ndarray, labels: np.ndarray | None = None, **rows
+) -> tuple[np.ndarray, Gradients]:
+    """``kdkernels.functional.kl_div`` and its gradients."""
+    return _run("kl_div", student, teacher, labels, rows, "forward_kl")
+
+
+def reverse_kl_div(
+    student: np.ndarray, teacher: np.ndarray, labels: np.ndarray | None = None, **rows
+) -> tuple[np.ndarray, Gradients]:
+    """``kdkernels.functional.reverse_kl_div`` and its gradients."""
+    return _run("reverse_kl_div", student, teacher, labels, rows, "reverse_kl")
+
+
+def js_div(
+    student: np.ndarray,
+    teacher: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    beta: float = 0.5,
+    **rows,
+) -> tuple[np.ndarray, Gradients]:
+    """``kdkernels.functional.js_div`` and its gradients."""
+    kind, _, beta, _ = divergences.resolve("js_div", "js", None, beta)
+    return _run("js_div", student, teacher, labels, rows, kind, beta=beta)
+
+
+def tv_distance(
+    student: np.ndarray, teacher: np.ndarray, labels: np.ndarray | None = None, **rows
+) -> tuple[np.ndarray, Gradients]:
+    """``kdkernels.functional.tv_distance`` and its gradients."""
+    return _run("tv_distance", student, teacher, labels, rows, "tv")
+
+
 def divergence(
     student: np.ndarray,
     teacher: np.ndarray,
