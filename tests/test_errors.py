@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -366,3 +367,11 @@ def test_student_friendly_loss_of_some_rows():
     mask = torch.tensor([True, False, True, True])
     some = {name: x[mask] for name, x in inputs.items()}
     torch.testing.assert_close(loss(**inputs, mask=mask), loss(**some))
+
+
+@pytest.mark.parametrize("name", modules.__all__)
+def test_help_of_modules_explains_their_arguments(name):
+    """In the text, not in the signature alone."""
+    module = getattr(modules, name)
+    said = set(re.findall(r"\w+", module.__doc__))
+    assert set(inspect.signature(module).parameters) <= said

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdkernels import checks, reference
+from kdkernels.functional import rowwise, rules
 from kdkernels.functional.rows import prepare
 from kdkernels.ops.rowwise import compute_dtype
 
@@ -53,3 +54,6 @@ def pld_loss(
     if rows.labels.is_floating_point():
         raise NotImplementedError(f"{name}: labels must be class indices, got probabilities.")
     return reference.pld(student, teacher, rows, ignore_index)
+
+
+rules.share(rowwise.__doc__, pld_loss)

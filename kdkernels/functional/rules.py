@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Callable
 
 
-def share(text: str | None, *functions: Callable) -> None:
-    """Append ``text``, which a module states once, to the docstring of each of ``functions``."""
-    for function in functions:
-        if text and function.__doc__:  # neither under python -OO
-            function.__doc__ = f"{inspect.cleandoc(function.__doc__)}\n\n{inspect.cleandoc(text)}"
+def share(text: str | None, *losses: Callable) -> None:
+    """Append ``text``, which is stated once elsewhere, to the docstring of each of ``losses``."""
+    for loss in losses:
+        if text and loss.__doc__:  # neither under python -OO
+            loss.__doc__ = f"{inspect.cleandoc(loss.__doc__)}\n\n{inspect.cleandoc(text)}"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kdkernels import checks, divergences, ops, reference
 from kdkernels.divergences import KINDS, MISSING, TopKChoices, TopKNumbers
+from kdkernels.functional import rowwise, rules
 from kdkernels.functional.rows import Rows, prepare
 from kdkernels.ops.rowwise import compute_dtype
 
@@ -220,3 +221,6 @@ def _flat_indices(
                 f"{name}: topk_indices must be distinct in a row where topk_values is not -inf."
             )
     return indices
+
+
+rules.share(rowwise.__doc__, topk_divergence)

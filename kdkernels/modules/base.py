@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdkernels import checks
+from kdkernels.functional import rules
 
 
 def embedded(name: str, argument: str, value, layer: nn.Linear) -> Tensor:
@@ -41,6 +42,8 @@ class LossModule(nn.Module):
         super().__init_subclass__(**kwargs)
         if function is not None:
             cls._function = staticmethod(function)
+            explained = inspect.cleandoc(function.__doc__ or "")
+            rules.share(explained and f"In the words of the function:\n\n{explained}", cls)
             per_call = inspect.signature(cls.forward).parameters
             held = [
                 parameter

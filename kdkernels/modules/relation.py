@@ -140,7 +140,7 @@ class SSKDLoss(nn.Module):
     views at ``temperature``, the latter over those in which the teacher is
     :func:`kdkernels.functional.least_wrong` by ``tf_ratio``, and ``ss_weight`` times
     :func:`kdkernels.functional.sskd_similarity` with ``ss_temperature`` and ``ss_ratio``. Defaults
-    are the authors'.
+    are the authors'. ``group`` and ``backend`` as in the functions.
     """
 
     def __init__(

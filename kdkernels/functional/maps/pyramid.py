@@ -73,6 +73,7 @@ def cwd_loss(
 
     student, teacher: maps of one shape (B, C, H, W), or one of each per stage (the loss is their
         sum).
+    temperature: T, a number.
     """
     name = "cwd_loss"
     checks.choice(name, "reduction", reduction, features.REDUCTIONS)

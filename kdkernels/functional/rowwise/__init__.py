@@ -25,9 +25,11 @@ Arguments that every function here shares:
     class_range: ``(m, n)``, the softmaxes are over classes m to n - 1 alone; the teacher may have
         all C classes or only these. What is at temperature 1 sees every class. Where the target
         class is a term of its own (DKD, NKD, ATS), labels must lie in the range.
+    label_smoothing: in [0, 1], of the labels of the cross-entropy; in the losses with labels.
     inplace: the gradient overwrites the student's logits (eager only, non-leaf, one backward).
     backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; anything but
         ``"auto"`` raises where it cannot run.
+    compat: whose form of the loss is meant, where suites disagree; each function says which.
 
 They return the loss in nats, fp32 (fp64 if either side is), 0-d unless ``reduction="none"``, and
 differentiate to student, teacher, both temperatures and row_weight, in each input's dtype, where
