@@ -1,18 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the rowwise family's CUDA kernels under the simulator, and what they have to give."""
+"""The rowwise family's CUDA kernels under the simulator: build, calls, expected results."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
+from compiling import SIMULATOR, cached, run, tool
 
 from kdkernels import functional
 from kdkernels.divergences import KINDS, REDUCTIONS, Choices, Numbers, resolve
 from kdkernels.ops import rowwise as ops
 
+ROOT = Path(__file__).parents[1]
+SOURCES = [
+    ROOT / "csrc/testing/rowwise.cpp", *SIMULATOR,
+    *sorted((ROOT / "csrc/kd/cuda/rowwise").rglob("*.cu")),
+]  # fmt: skip
 DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
 }  # fmt: skip
+
+
+def build(flags=()) -> Path:
+    pybind11 = pytest.importorskip("pybind11")
+    command = [
+        tool("g++"), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-fPIC", "-DKD_SIMT",
+        "-ffp-contract=off", "-fvisibility=hidden", f"-I{pybind11.get_include()}",
+        f"-I{sysconfig.get_paths()['include']}", *flags,
+    ]  # fmt: skip
+
+    def compiled(source):
+        whole = [*command, "-x", "c++", "-c"]
+        return cached(whole, [source], ".o", lambda out: run([*whole, source, "-o", out]))
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, SOURCES))
+    name = "-".join(o.stem[-4:] for o in objects)
+    out = ROOT / "build/tests" / name / f"simulated_rowwise{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        run([*command, "-shared", *objects, "-o", out])
+    return out
+
+
+@functools.cache
+def load():
+    spec = importlib.util.spec_from_file_location("simulated_rowwise", build())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def array(x: torch.Tensor) -> np.ndarray:

@@ -8,60 +8,22 @@ fill it), in several orders of the threads. Races, missing waits and accesses ou
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import subprocess
 import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from compiling import SANITIZED, SIMULATOR, cached, run, tool
-from simulated_rowwise_calls import DTYPES, expected, simulate
+from compiling import SANITIZED, run, tool
+from simulated_rowwise_calls import DTYPES, build, expected, load, simulate
 
 from kdkernels.divergences import DIVERGENCES, KINDS
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [
-    ROOT / "csrc/testing/rowwise.cpp", *SIMULATOR,
-    *sorted((ROOT / "csrc/kd/cuda/rowwise").rglob("*.cu")),
-]  # fmt: skip
 INF = float("inf")
 
 WARPS, THREADS, SLOT_CHUNKS = 2, 64, 16
 CLUSTERS = {1: 90, 2: 400, 4: 1001, 8: 4000}  # and how many classes they have here
-
-
-def build(flags=()) -> Path:
-    pybind11 = pytest.importorskip("pybind11")
-    command = [
-        tool("g++"), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-fPIC", "-DKD_SIMT",
-        "-ffp-contract=off", "-fvisibility=hidden", f"-I{pybind11.get_include()}",
-        f"-I{sysconfig.get_paths()['include']}", *flags,
-    ]  # fmt: skip
-
-    def compiled(source):
-        whole = [*command, "-x", "c++", "-c"]
-        return cached(whole, [source], ".o", lambda out: run([*whole, source, "-o", out]))
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, SOURCES))
-    name = "-".join(o.stem[-4:] for o in objects)
-    out = ROOT / "build/tests" / name / f"simulated_rowwise{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        run([*command, "-shared", *objects, "-o", out])
-    return out
-
-
-@functools.cache
-def load():
-    spec = importlib.util.spec_from_file_location("simulated_rowwise", build())
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ struct RowwiseLimits {
   int warps = 4;           // of a block where each has a row: a few, so that the last rows spread
   int slot_chunks = 1024;  // of 4 classes, that one copy brings: 8 KiB, worth a barrier, and short
                            // enough for the first sweep to begin early
-  // Rows that every group may count for itself: 32 bytes of flags a lane from L2, for a launch less.
+  // Rows that every group may count for itself: up to 128 flags a lane from L2, for a launch less.
   int64_t few_rows = 4096;
   // Blocks a multiprocessor of the kernel in double: several where it has all rows, to hide what it
   // waits for; where it has the rare row, as few as find it soon.
