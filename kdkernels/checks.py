@@ -128,8 +128,9 @@ def stacked(name: str, argument: str, value: torch.Tensor, student, width: int |
     narrow = width is not None and value.shape[1:] == (*student.shape[:-1], width)
     if value.dim() == 0 or value.shape[0] == 0 or (value.shape[1:] != student.shape and not narrow):
         also = "" if width is None else f", or {width} classes"
+        shape = ", ".join(("M", *map(str, student.shape)))
         raise ValueError(
-            f"{name}: {argument} must have shape (M, *{tuple(student.shape)}) with M >= 1{also}, "
+            f"{name}: {argument} must have shape ({shape}) with M >= 1{also}, "
             f"got {tuple(value.shape)}."
         )
 
@@ -245,7 +246,16 @@ def per_row(name: str, argument: str, value, student: torch.Tensor, dtype: torch
 def teacher_weights(
     name: str, value, count: int, student: torch.Tensor, dtype: torch.dtype, mixture: bool
 ):
-    """A tensor (M,) or (M, ...), as (M, 1) or (M, N); those of a mixture have a positive sum."""
+    """A tensor (M,) or (M, ...), as (M, 1) or (M, N); those of a mixture have a positive sum.
+
+    M Python numbers too.
+    """
+    if isinstance(value, (list, tuple)):
+        if len(value) != count:
+            raise ValueError(f"{name}: weights must be {count} numbers, got {len(value)}.")
+        numbers = [number(name, "weights", weight) for weight in value]
+        # Not by torch.tensor, which would wait for a GPU.
+        value = torch.stack([student.new_full((), weight, dtype=dtype) for weight in numbers])
     tensor(name, "weights", value)
     rows = student.shape[:-1]
     if value.shape not in ((count,), (count, *rows)):

@@ -22,3 +22,8 @@ def choice(name: str, argument: str, value, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name}: {argument} must be one of {', '.join(allowed)}, got {value!r}.")
     return value
+
+
+def in_dimensions(which: tuple[int, ...]) -> str:
+    """Those of a shape that are meant, in words."""
+    return f" in dimension{'s' * (len(which) > 1)} {', '.join(map(str, which))}"

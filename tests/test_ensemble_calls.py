@@ -127,15 +127,17 @@ def test_opcheck(mixture, grads, kernel, device):
 S = torch.zeros(4, 10)
 T = torch.zeros(3, 4, 10)
 BAD_CALLS = {
-    "shape": ({"teachers": S}, ValueError, r"teachers must have shape \(M, \*\(4, 10\)\) .*got"),
-    "no teachers": ({"teachers": T[:0]}, ValueError, "teachers must have shape .* with M >= 1"),
+    "shape": ({"teachers": S}, ValueError, r"teachers must have shape \(M, 4, 10\) .*got"),
+    "no teachers": ({"teachers": T[:0]}, ValueError, r"teachers .* shape \(M, 4, 10\) with M >= 1"),
     "empty sequence": ({"teachers": []}, TypeError, "teachers must be a tensor .* at least one"),
     "no sequence": ({"teachers": 3}, TypeError, "teachers must be a tensor .* got 3"),
     "one of another shape": ({"teachers": [S, S[:, 1:]]}, ValueError, "teacher must have the stud"),
     "two dtypes": ({"teachers": [S, S.half()]}, TypeError, "teachers must have one dtype, got"),
     "dtype": ({"teachers": T.int()}, TypeError, "teacher must be float64"),
     "form": ({"form": "mean"}, ValueError, "form must be one of sum, mixture, got 'mean'"),
-    "weights": ({"weights": [1.0]}, TypeError, "weights must be a tensor, got list"),
+    "weights": ({"weights": 1.0}, TypeError, "weights must be a tensor, got float"),
+    "too few numbers": ({"weights": [1.0]}, ValueError, "weights must be 3 numbers, got 1"),
+    "no numbers": ({"weights": [1.0, "2", None]}, TypeError, "weights must be a number, got str"),
     "weights' shape": (
         {"weights": torch.ones(2)}, ValueError, r"weights must have shape \(3,\) or \(3, 4\), got",
     ),
@@ -176,6 +178,18 @@ def test_bad_calls(case, backend, device):
         pytest.skip("values on a GPU are not read")
     with pytest.raises(error, match=f"^multi_teacher_kl_div: {message}"):
         kd.multi_teacher_kl_div(**{"student": S, "teachers": T, "backend": backend} | change)
+
+
+def test_weights_as_numbers(backend, device):
+    x = ENTRIES[0].inputs(5, 30, device=device)
+    weights = torch.tensor([0.2, 0.3, 0.5], device=device)
+    for form in ("sum", "mixture"):
+        options = {"form": form, "backend": backend}
+        value = kd.multi_teacher_kl_div(**x, weights=(0.2, 0.3, 0.5), **options)
+        expected = kd.multi_teacher_kl_div(**x, weights=weights, **options)
+        torch.testing.assert_close(value, expected)
+        module = modules.MultiTeacherKLDivLoss(weights=[0.2, 0.3, 0.5], **options)
+        assert torch.equal(module(**x), value)
 
 
 def test_module(backend, device):

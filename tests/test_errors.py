@@ -192,6 +192,7 @@ def test_bad_divergences(arguments, message):
         ({"alpha": 0.5, "ce_weight": 1.0, "kd_weight": 1.0}, ValueError, "either alpha, or both"),
         ({"ce_weight": 1.0}, ValueError, "either alpha, or both .* kd_weight=None"),
         ({"alpha": "1"}, TypeError, "alpha must be a number, got str"),
+        ({"alpha": 2}, ValueError, r"alpha must be in \[0.0, 1.0\], got 2"),
         ({"kd_weight": INF, "ce_weight": 1.0}, ValueError, "kd_weight must be finite, got inf"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0.0, 1.0\], got"),
         ({"compat": "timm"}, ValueError, "compat must be one of paper, .* got 'timm'"),

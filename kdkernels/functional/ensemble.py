@@ -25,7 +25,7 @@ def multi_teacher_kl_div(
     teachers: Tensor | Sequence[Tensor],
     labels: Tensor | None = None,
     *,
-    weights: Tensor | None = None,
+    weights: Tensor | Sequence[float] | None = None,
     form: str = "sum",
     ce_weight: float = 0.0,
     label_smoothing: float = 0.0,
@@ -56,10 +56,10 @@ def multi_teacher_kl_div(
     ===========  ==========================================================================
 
     ``teachers`` is one tensor (M, ..., C), or a sequence of M tensors (..., C) of one dtype, which
-    are not copied. ``weights`` is (M,) or (M, ...); 1 / M each by default. In a sum they may be of
-    any sign; in a mixture they must not be negative, nor all 0. A teacher without weight
-    contributes nothing, whatever it holds. Weights differentiate like the rest, also where they
-    are 0; a divergence that is not finite gives its weight none.
+    are not copied. ``weights`` are M numbers, or a tensor (M,) or (M, ...); 1 / M each by default.
+    In a sum they may be of any sign; in a mixture they must not be negative, nor all 0. A teacher
+    without weight contributes nothing, whatever it holds. Weights differentiate like the rest, also
+    where they are 0; a divergence that is not finite gives its weight none.
 
     ``labels`` are as in :func:`kdkernels.functional.kd_loss`, and needed where ``ce_weight`` is not
     0. In a sum, an infinite divergence leaves the other teachers' gradients as they are. The other

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import checks
+from kdkernels.scalars import in_dimensions
 
 REDUCTIONS = ("mean", "sum")
 
@@ -64,9 +65,9 @@ def pair(
             student.shape[d] == teacher.shape[d] for d in same
         )
     if not agree:
-        what = "shape" if same is None else f"size in dimensions {tuple(same)},"
+        where = "" if same is None else in_dimensions(same)
         raise ValueError(
-            f"{name}: teacher must have the student's {what} {tuple(student.shape)}, got "
+            f"{name}: teacher must have the student's shape {tuple(student.shape)}{where}, got "
             f"{tuple(teacher.shape)}."
         )
     checks.same_device(name, "teacher", teacher, student)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kdkernels.numpy import arrays
-from kdkernels.scalars import choice, number
+from kdkernels.scalars import choice, in_dimensions, number
 
 _MOST_COEFFICIENTS = 16  # PolynomialNumbers of csrc/kd/relation.h
 
@@ -161,7 +161,7 @@ def _check(name, student, teacher, reduction, threads, same, dims=None) -> int:
             )
     if any(student.shape[d] != teacher.shape[d] for d in same):
         raise ValueError(
-            f"{name}: teacher must have the student's size in dimensions {same}, {student.shape}, "
+            f"{name}: teacher must have the student's shape {student.shape}{in_dimensions(same)}, "
             f"got {teacher.shape}."
         )
     return max(len(student), 1)

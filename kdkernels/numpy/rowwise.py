@@ -98,7 +98,7 @@ def kd_loss(
     **rows,
 ) -> tuple[np.ndarray, Gradients]:
     """``kdkernels.functional.kd_loss``, ``(1 - alpha) CE + alpha T^2 KL``, and its gradients."""
-    alpha = number("kd_loss", "alpha", alpha)
+    alpha = number("kd_loss", "alpha", alpha, 0.0, 1.0)
     return _labelled(
         "kd_loss", student, teacher, labels, temperature, rows, "forward_kl", kd_weight=alpha,
         ce_weight=1.0 - alpha, label_smoothing=label_smoothing,
@@ -167,7 +167,7 @@ def ats_loss(
     """``kdkernels.functional.ats_loss`` and its gradients."""
     if rows.get("standardize"):
         raise NotImplementedError("ats_loss: standardize=True is not supported.")
-    alpha = number("ats_loss", "alpha", alpha)
+    alpha = number("ats_loss", "alpha", alpha, 0.0, 1.0)
     target_temperature = number("ats_loss", "target_temperature", target_temperature)
     if target_temperature <= 0:
         raise ValueError(

@@ -50,7 +50,8 @@ def kd_loss(
     """Distillation loss of Hinton et al. (arXiv 1503.02531) in one pass over the logits.
 
     ``(1 - alpha) CE(student, labels) + alpha T^2 KL(p_t || p_s)``, with alpha = 0.9 by default; or
-    ``ce_weight CE + kd_weight T^2 KL`` where the weights are given (both, and then no ``alpha``).
+    ``ce_weight CE + kd_weight T^2 KL`` where the weights are given (both, and then no ``alpha``,
+    which is in [0, 1]; they may be any number).
     The cross-entropy is at temperature 1.
 
     ``labels`` are class indices ``(...)`` or probabilities ``(..., C)``, smoothed by
@@ -71,7 +72,7 @@ def kd_loss(
     if labels is None:
         raise TypeError("kd_loss: labels must be a tensor, got None; kl_div needs no labels.")
     if ce_weight is None and kd_weight is None:
-        alpha = 0.9 if alpha is None else checks.number(name, "alpha", alpha)
+        alpha = 0.9 if alpha is None else checks.number(name, "alpha", alpha, 0.0, 1.0)
         ce_weight, kd_weight = 1.0 - alpha, alpha
         if compat == "torchdistill":
             ce_weight, kd_weight = kd_weight, ce_weight
@@ -226,7 +227,7 @@ def ats_loss(
     checks.choice(name, "compat", compat, ("paper",))
     if standardize:
         raise NotImplementedError("ats_loss: standardize=True is not supported.")
-    weights = _weights(name, alpha=alpha)
+    alpha = checks.number(name, "alpha", alpha, 0.0, 1.0)
     target_temperature = checks.number(name, "target_temperature", target_temperature)
     if target_temperature <= 0:
         raise ValueError(
@@ -235,7 +236,7 @@ def ats_loss(
     return run(
         name, "cross_entropy", student, teacher, labels, temperature, teacher_temperature, scale,
         reduction, mask, ignore_index, row_weight, standardize, class_range, inplace, backend,
-        kd_weight=weights["alpha"], ce_weight=1.0 - weights["alpha"],
+        kd_weight=alpha, ce_weight=1.0 - alpha,
         label_smoothing=checks.number(name, "label_smoothing", label_smoothing, 0.0, 1.0),
         target="tempered", target_temperature=target_temperature,
     )  # fmt: skip
