@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from kdkernels.train import InputError, distill
+from kdkernels.train import InputError, distill, load_student
 from kdkernels.train.data import from_arrays, load_data
 from kdkernels.train.report.cli import main
 
@@ -79,6 +79,32 @@ def test_a_run_in_a_folder_goes_on(images, tmp_path):
     assert main([str(out), "--out", str(tmp_path / "report.html")]) == 0
     shown = (tmp_path / "report.html").read_text()
     assert f"{100 * first['test']['accuracy']:.2f}" in shown
+
+
+class Tied(nn.Module):
+    """Its two names of the same weights are kept as two."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+        self.again = self.inner
+
+    def forward(self, images):
+        return {"logits": self.again(images)}
+
+
+@pytest.mark.parametrize("make", [network, Tied])
+def test_an_own_student_is_kept_and_loaded(images, tmp_path, make):
+    student, path = make(), tmp_path / "run" / "seed-0" / "model.safetensors"
+    distill(student, None, images, method="ce", out=tmp_path / "run", **QUICK)
+    with pytest.raises(InputError, match=r"your own, .*: build one .* load_student\(path, network"):
+        load_student(path)
+    loaded = load_student(path, make())
+    torch.testing.assert_close(loaded.network.state_dict(), student.state_dict(), rtol=0, atol=0)
+    right = loaded(torch.from_numpy(images[0])).argmax(-1) == torch.from_numpy(images[1])
+    assert right.float().mean() > 0.8
+    with pytest.raises(InputError, match="does not fit"):
+        load_student(path, network(classes=5))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from kdkernels.train import Config
+from kdkernels.train import Config, run
 from kdkernels.train.cli import main, parameters
 from kdkernels.train.methods import METHODS
 
@@ -25,6 +25,29 @@ def test_config_file_is_overruled_by_the_command_line(tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert results["config"]["epochs"] == 1
     assert [(run["seed"], run["steps"]) for run in results["runs"]] == [(5, 3)]
+
+
+def test_the_end_says_how_good_the_teacher_was_and_where_all_is(tmp_path, capsys):
+    out = tmp_path / "out"
+    common = "--student mlp8 --teacher mlp8 --epochs 1 --batch-size 400 --accelerator cpu"
+    assert main([*common.split(), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 steps of 400 images an epoch (the 9 images that are left come in" in shown
+    assert "warning: 2 steps an epoch are few; --batch-size 64 makes 12" in shown
+    assert "digits, seed 0" in shown
+    assert re.search(r"teacher *│ test accuracy, % *│ *\d+ *│", shown)
+    assert shown.endswith(f"next: kdkernels report {out}\n")
+
+
+def test_what_needs_no_images_is_checked_before_they_are_read(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    common = ["--method", "ce", "--data", "nowhere", "--accelerator", "cpu"]
+    assert main([*common, "--out", str(tmp_path / "full")]) == 1
+    assert "not empty" in capsys.readouterr().err
+    run(Config(method="ce", student="mlp8", epochs=1, accelerator="cpu", out=str(tmp_path / "run")))
+    assert main([*common, "--resume", "--out", str(tmp_path / "run")]) == 1
+    assert "data was digits, is nowhere" in capsys.readouterr().err
 
 
 def test_unknown_config_keys_are_refused(tmp_path, capsys):
@@ -84,7 +107,10 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
             "--method kd --teacher-checkpoint .",
             "expected the model.safetensors in",
         ),
-        ("--method ce --student resnet9", "'resnet9': expected one of"),
+        ("--method ce --student resnet9", "--student: model 'resnet9': expected one of"),
+        ("--method ce --student resnet9", "; the nearest are resnet8,"),
+        ("--method kd --teacher vgg12", "--teacher: model 'vgg12': expected one of"),
+        ("--method kd --teacher-checkpoint no --data no", "--teacher-checkpoint: no: no such"),
         ("--method ce --data nowhere", "--data nowhere: expected 'digits', a folder"),
         ("--method kd --teacher-checkpoint nowhere", "checkpoint: nowhere: no such model file"),
         ("--method ce --data pyproject.toml", "--data: pyproject.toml: not a readable archive"),

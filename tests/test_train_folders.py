@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from small_datasets import cached, everything, load, pack, write_images
+from small_datasets import everything, load, pack, write_images
 
 from kdkernels.train import InputError
 
@@ -73,19 +73,24 @@ def test_grey_images_of_16_bits_keep_their_shades(tmp_path):
     assert np.array_equal(images[0, :, :, 0], shades >> 8)
 
 
-def test_a_corrupt_image_is_named_and_leaves_no_cache(tmp_path):
-    write_images(tmp_path / "set")
-    path = tmp_path / "set" / "dog" / "5.png"
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(InputError, match=r"dog.5\.png: not a readable image"):
+@pytest.mark.parametrize(
+    ("count", "named"), [(1, r"dog.0\.png \([^)]*\)+$"), (12, r"dog.0\.png .*, and 2 more$")]
+)
+def test_corrupt_images_are_all_named_and_leave_nothing_behind(tmp_path, count, named):
+    write_images(tmp_path / "set", count=12)
+    for path in sorted((tmp_path / "set" / "dog").iterdir())[:count]:
+        path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(InputError, match=rf"{count} of 24 images not readable: .*{named}"):
         load(tmp_path / "set", tmp_path / "cache")
-    assert not cached(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_images_of_several_sizes_need_image_size(tmp_path):
     write_images(tmp_path / "set")
-    Image.new("RGB", (30, 20)).save(tmp_path / "set" / "cat" / "9.png")
-    with pytest.raises(InputError, match=r"9\.png: 30x20 pixels where .* 12x10; give --image-size"):
+    for name in ("8.png", "9.png"):
+        Image.new("RGB", (30, 20)).save(tmp_path / "set" / "cat" / name)
+    message = r"2 of 18 .* has 12x10 pixels; give --image-size .* .*8\.png \(30x20\), .*9\.png \(30"
+    with pytest.raises(InputError, match=message):
         load(tmp_path / "set", tmp_path / "cache")
     assert load(tmp_path / "set", tmp_path / "cache", image_size=8).shape == (8, 8, 3)
 

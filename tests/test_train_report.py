@@ -255,4 +255,15 @@ def test_the_terminals_table_has_no_deviation_of_one_seed():
     with report.console.capture() as captured:
         report.console.print(report.table("title", {"kd": summary}))
     assert re.search(r"best epoch *│ *50\.00 *│", captured.get())
-    assert re.search(r"best *│ *25\.00 ± 6\.25 *│", captured.get())
+    assert re.search(r"best *│ *25 ± 6 *│", captured.get())
+    assert "KL" not in captured.get()  # of no teacher
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "images", "shown"), [(0.94722, 360, "95"), (0.7, 10_000, "70.0"), (1.0, 40, "100")]
+)
+def test_the_terminals_digits_end_where_noise_begins(accuracy, images, shown):
+    summary = {"test.accuracy": {"mean": accuracy, "std": None}}
+    with report.console.capture() as captured:
+        report.console.print(report.table("title", {"kd": summary}, {"test": images}))
+    assert re.search(rf"best epoch *│ *{re.escape(shown)} *│", captured.get())

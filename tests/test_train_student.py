@@ -34,12 +34,19 @@ def test_a_loaded_student_predicts_what_the_run_did(tmp_path):
 def model(tmp_path):
     """An untrained model, as a function of what is kept for its use."""
 
-    def save(**use):
-        weights = build_model("mlp8", (8, 8, 3), 2).state_dict()
+    def save(weights=None, **use):
+        weights = weights or build_model("mlp8", (8, 8, 3), 2).state_dict()
         checkpoint.save_model(tmp_path / "x.safetensors", "mlp8", weights, (8, 8, 3), 2, **use)
         return tmp_path / "x.safetensors"
 
     return save
+
+
+def test_the_same_model_is_the_same_bytes(model):
+    weights = build_model("mlp8", (8, 8, 3), 2).state_dict()
+    use = {name: [1.0] for name in ("names", "mean", "std", "a", "b", "c")}
+    contents = {model(weights, **use).read_bytes() for _ in range(8)}
+    assert len(contents) == 1
 
 
 def test_models_that_are_not_of_a_run_are_named(model, tmp_path):

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from lightning_fabric import Fabric
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 import kdkernels
 from kdkernels.train import checkpoint, report
-from kdkernels.train.claim import claimed
+from kdkernels.train.claim import claimed, require_free
 from kdkernels.train.config import Config, option
 from kdkernels.train.data import (
     Dataset,
@@ -33,6 +34,7 @@ from kdkernels.train.data import (
     from_arrays,
     load_data,
     shape_of,
+    steps_in_short,
 )
 from kdkernels.train.devices import on_first
 from kdkernels.train.errors import InputError, TrainError
@@ -45,6 +47,7 @@ from kdkernels.train.experiment import (
 )
 from kdkernels.train.loop import fit
 from kdkernels.train.methods import METHODS
+from kdkernels.train.state import whole
 from kdkernels.train.taps import Tapped, shown_two
 
 # Options that a DataLoader has settled, or that look images up by number.
@@ -112,8 +115,9 @@ def distill(
             compare features of modules by their paths in ``named_modules()``, ``{"student_taps":
             ["layer2"], "teacher_taps": ["blocks.3"]}``; ``"fc:input"`` is what a module takes.
         seed: of the batches and of what the method draws.
-        out: folder of the results, as of ``kdkernels train`` but for the model, for ``kdkernels
-            report``; with ``resume=True`` a run goes on there. None keeps nothing.
+        out: folder of the results, as of ``kdkernels train``, for ``kdkernels report``;
+            ``load_student("<out>/seed-0/model.safetensors", network)`` fills a network built as the
+            student was. With ``resume=True`` a run goes on there. None keeps nothing.
         **settings: the options of :class:`Config` that are left: ``epochs``, ``lr``, ``ema``, ...;
             not those by which ``kdkernels train`` trains or finds a teacher.
 
@@ -147,6 +151,8 @@ def distill(
             f"does not tell: expected arrays, pairs or a path"
         )
     fabric, config = set_up(config)
+    if out is not None and not config.resume:
+        on_first(fabric, partial(require_free, Path(out)))
     if isinstance(data, DataLoader):
         data = _loaders(data, val, test, student, config, fabric.world_size)
     elif val is not None or test is not None:
@@ -155,6 +161,8 @@ def distill(
         data = _dataset(data, config)
     config = replace(config, data=data.name)
     report.say(*data.described())
+    if isinstance(data, Dataset):
+        report.say(*steps_in_short(len(data.train), config.batch_size))
     count = len(made.course.specialities(len(data.classes)))
     if made.needs_teacher and len(teachers) != count:
         raise InputError(
@@ -170,6 +178,7 @@ def distill(
         folder = out / f"seed-{seed}"
         folder.mkdir(exist_ok=True)
         results = fit(fabric, made, student, teachers, data, config, seed=seed, out=folder)
+    _keep(fabric, folder / "model.safetensors", student, data)
     on_first(fabric, partial(checkpoint.write_json, folder / "results.json", results))
     conclude(fabric, out, {"config": record, "environment": kdkernels.info()}, [results], config)
     return results
@@ -177,6 +186,19 @@ def distill(
 
 # What distill() takes by name beside its arguments.
 SETTINGS = Config.__dataclass_fields__.keys() - {*inspect.signature(distill).parameters}
+
+
+def _keep(fabric: Fabric, path: Path, student: nn.Module, data: Dataset | LoaderData) -> None:
+    """The student's weights; as a module of the user's own it cannot be built from the file."""
+    if isinstance(data, LoaderData):
+        use = {"loaders": True}
+    else:
+        use = {"mean": data.mean.tolist(), "std": data.std.tolist()}
+    use |= {"own": True, "names": data.classes}
+    state = whole(student.state_dict())
+    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    made = type(student).__name__, weights, data.shape, len(data.classes)
+    on_first(fabric, partial(checkpoint.save_model, path, *made, **use))
 
 
 def _teachers(teacher: Any) -> list[nn.Module]:

@@ -92,15 +92,34 @@ def save_model(
     """Save a model's weights with what is needed to build it again, and for its ``use``."""
     metadata = {"shape": shape, "classes": classes} | use
     metadata = {"model": name} | {key: json.dumps(value) for key, value in metadata.items()}
-    tensors = {key: value.contiguous() for key, value in weights.items()}
-    write(path, lambda file: file.write(save(tensors, metadata)))
+    # Copies: tensors that share their memory, as tied weights do, are refused.
+    tensors = {key: value.contiguous().clone() for key, value in weights.items()}
+    write(path, lambda file: file.write(_in_order(save(tensors, metadata))))
 
 
-def read_model(path: Path) -> SavedModel:
-    """What :func:`save_model` saved; a missing, damaged or foreign file is named."""
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the same model is the same bytes."""
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[size:]
+
+
+def require_model_file(path: Path) -> None:
+    """Refuse a path where there is none."""
     if not path.is_file():
         hint = "; expected the model.safetensors in this folder" if path.is_dir() else ""
         raise InputError(f"{path}: no such model file{hint}")
+
+
+def read_model(path: Path, network: nn.Module | None = None) -> SavedModel:
+    """What :func:`save_model` saved, in ``network`` if it is of a user's own.
+
+    A missing, damaged or foreign file is named.
+    """
+    require_model_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -112,7 +131,12 @@ def read_model(path: Path) -> SavedModel:
     name = metadata.pop("model")
     use = {key: json.loads(value) for key, value in metadata.items()}
     shape, classes = tuple(use.pop("shape")), use.pop("classes")
-    network = build_model(name, shape, classes)
+    if network is None and use.get("own"):
+        raise InputError(
+            f"{path}: the weights of a network of your own, {name}: build one as it was and "
+            f"load_student(path, network) fills it"
+        )
+    network = network or build_model(name, shape, classes)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

@@ -36,12 +36,22 @@ def claim(out: Path, record: dict[str, Any], options: Mapping[str, Any], *, resu
 
     ``options`` are those given for the method, without the defaults that ``record`` has.
     """
-    path = out / "config.json"
+    check(out, record, resume=resume)
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"--out {out}: not empty; give another folder, or --resume to go on")
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(path, record | {"options": options})
+        checkpoint.write_json(out / "config.json", record | {"options": options})
+
+
+def require_free(out: Path) -> None:
+    """Refuse a folder with something in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out}: not empty; give another folder, or --resume to go on")
+
+
+def check(out: Path, record: dict[str, Any], *, resume: bool) -> None:
+    """Refuse what :func:`claim` would, without taking ``out``: before images are read, say."""
+    if not resume:
+        require_free(out)
         return
     before = recorded(out)
     del before["options"]

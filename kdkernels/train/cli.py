@@ -49,8 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: interrupted; the same options and --resume go on", file=sys.stderr)
         return 130
     name = f"{config.method} {config.student}"
-    seeds = ", ".join(map(str, config.seed))
-    report.console.print(report.table(f"{config.data}, seeds {seeds}", {name: results["summary"]}))
+    seeds = f"seed{'s' * (len(config.seed) > 1)} {', '.join(map(str, config.seed))}"
+    summary = results["summary"]
+    if teacher := results.get("teacher"):
+        summary |= {"teacher.accuracy": {"mean": teacher["test"]["accuracy"], "std": None}}
+    title = f"{config.data}, {seeds}"
+    report.console.print(report.table(title, {name: summary}, results["images"]))
+    report.say(*report.closing(results))
     return 0
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from torch import nn
 import kdkernels
 from kdkernels import backends
 from kdkernels.train import checkpoint, report, teacher_cache
-from kdkernels.train.claim import claimed
+from kdkernels.train.claim import check, claimed
 from kdkernels.train.config import Config, option
-from kdkernels.train.data import Batches, Dataset, load_data
+from kdkernels.train.data import Batches, Dataset, load_data, steps_in_short
 from kdkernels.train.devices import make_fabric, on_first, predict_together
 from kdkernels.train.errors import InputError
 from kdkernels.train.learner import acquaint
@@ -40,7 +40,7 @@ from kdkernels.train.teachers import Teacher
 
 
 def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run an experiment and return what its ``results.json`` holds.
+    """Run an experiment and return what its ``results.json`` holds, and its folder as ``out``.
 
     ``options`` are those of the method, e.g. ``{"temperature": 4.0}``. What can be checked is
     checked before anything is written.
@@ -51,6 +51,11 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
         raise InputError(f"--method {config.method}: expected --teacher or --teacher-checkpoint")
     fabric, config = set_up(config)
     record = config.resolved() | resolved_options(config.method, options)
+    # Reading images can take long: first what needs none of them.
+    if config.out:
+        on_first(fabric, partial(check, Path(config.out), record, resume=config.resume))
+    for path in teacher_files(config):
+        named("--teacher-checkpoint", checkpoint.require_model_file, path)
     data = load_data(
         config.data,
         val_fraction=config.val_fraction,
@@ -58,14 +63,15 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
         image_size=config.image_size,
         cache_dir=Path(config.cache_dir) if config.cache_dir else user_cache(),
     )
-    report.say(*data.described())
+    report.say(*data.described(), *steps_in_short(len(data.train), config.batch_size))
     # What each teacher learns: all classes, or those it is a specialist of.
     parts = [data.only(classes) for classes in method.course.specialities(len(data.classes))]
     teachers = given_teachers(config, data.shape, parts)
     rehearse(fabric, method, config, data, parts, [model for _, model in teachers])
 
     out = Path(config.out or f"runs/{data.name}-{config.method}-{config.student}")
-    results = {"config": record, "environment": kdkernels.info()}
+    counts = {part: len(split) for part, split in data.splits.items()}
+    results = {"config": record, "environment": kdkernels.info(), "images": counts}
     with claimed(fabric, out, record, options, resume=config.resume):
         report.say(
             f"{out}: {config.precision} on {fabric.world_size} x {fabric.device.type}, losses in "
@@ -88,7 +94,8 @@ def run(config: Config, options: Mapping[str, Any] | None = None) -> dict[str, A
         for seed in config.seed:
             method = make_method(config.method, config.backend, options)
             runs.append(train(fabric, method, models, data, config, seed, out / f"seed-{seed}"))
-        return conclude(fabric, out, results, runs, config, places if config.teacher else ())
+        trained = places if config.teacher else ()
+        return conclude(fabric, out, results, runs, config, trained) | {"out": str(out)}
 
 
 def set_up(config: Config) -> tuple[Fabric, Config]:
@@ -128,18 +135,28 @@ def given_teachers(
     config: Config, shape: tuple[int, int, int], parts: Sequence[Dataset]
 ) -> list[tuple[str, nn.Module]]:
     """Names and models of ``config.teacher_checkpoint``, one for each of the ``parts``."""
-    paths = config.teacher_checkpoint.split(",") if config.teacher_checkpoint else []
+    paths = teacher_files(config)
     if paths and len(paths) != len(parts):
         raise InputError(
             f"--teacher-checkpoint: expected {len(parts)} joined by commas, got {len(paths)}"
         )
+    return [
+        named("--teacher-checkpoint", checkpoint.load_model, path, shape, len(part.classes))
+        for path, part in zip(paths, parts, strict=False)
+    ]
+
+
+def teacher_files(config: Config) -> list[Path]:
+    """Those of ``config.teacher_checkpoint``."""
+    return [Path(path) for path in (config.teacher_checkpoint or "").split(",") if path]
+
+
+def named(option: str, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``make`` makes of the arguments; its errors begin with the option they come from."""
     try:
-        return [
-            checkpoint.load_model(Path(path), shape, len(part.classes))
-            for path, part in zip(paths, parts, strict=False)
-        ]
+        return make(*arguments)
     except InputError as error:
-        raise InputError(f"--teacher-checkpoint: {error}") from error
+        raise InputError(f"{option}: {error}") from error
 
 
 def rehearse(
@@ -151,9 +168,12 @@ def rehearse(
     teachers: Sequence[nn.Module],
 ) -> None:
     """Refuse now, and not after a teacher's training, models that the method cannot use."""
-    student = build_model(config.student, data.shape, len(data.classes))
+    student = named("--student", build_model, config.student, data.shape, len(data.classes))
     if config.teacher:
-        teachers = [build_model(config.teacher, data.shape, len(part.classes)) for part in parts]
+        teachers = [
+            named("--teacher", build_model, config.teacher, data.shape, len(part.classes))
+            for part in parts
+        ]
     shares = config.accumulate * fabric.world_size
     Batches(data, batch_size=config.batch_size, augment="none", seed=0, device="cpu", shares=shares)
     steps_per_epoch = max(len(data.train) // config.batch_size, 1)

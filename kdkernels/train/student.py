@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,16 +39,24 @@ class Student(nn.Module):
                 f"images: expected uint8 of shape (B, {', '.join(map(str, self.shape))}), got "
                 f"{images.dtype} of shape {tuple(images.shape)}"
             )
-        return self.network(((images - self.mean) / self.std).permute(0, 3, 1, 2))
+        out = self.network(((images - self.mean) / self.std).permute(0, 3, 1, 2))
+        return out["logits"] if isinstance(out, Mapping) else getattr(out, "logits", out)
 
 
-def load_student(path: str | Path) -> Student:
+def load_student(path: str | Path, network: nn.Module | None = None) -> Student:
     """The student of a run's ``model.safetensors``, or its teacher, in evaluation mode.
+
+    ``network`` is for a student of :func:`distill`: one built as it was, to be given its weights.
 
     Raises:
         InputError: a file that is missing, damaged, or not of a run.
     """
-    saved = checkpoint.read_model(Path(path))
+    saved = checkpoint.read_model(Path(path), network)
+    if saved.use.get("loaders"):
+        raise InputError(
+            f"{path}: trained on batches of a DataLoader, which normalised them itself: "
+            f"network.load_state_dict(safetensors.torch.load_file(path)) has the weights"
+        )
     if missing := sorted({"names", "mean", "std"} - saved.use.keys()):
         raise InputError(f"{path}: expected the model of a run, found no {missing[0]} in it")
     use = saved.use["names"], saved.use["mean"], saved.use["std"]

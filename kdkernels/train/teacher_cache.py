@@ -57,7 +57,11 @@ def prepare(
     for index, (_, views) in shown.items():
         cached.fill(index, views)
     made, seconds, difference = cached.cost["teacher_cache"].values()
-    report.say(f"{config.teacher_cache}: made {made} views in {seconds:.1f} s")
+    count = sum(len(views) for _, views in shown.values())
+    if made:
+        report.say(f"{config.teacher_cache}: made {made} of {count} views in {seconds:.1f} s")
+    else:
+        report.say(f"{config.teacher_cache}: all {count} views found")
     if difference:
         report.say(
             f"{config.teacher_cache}: some views were made elsewhere; they differ from what the "

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from kdkernels.train.data import arrays, cache, cifar, folder
 from kdkernels.train.data.augment import Augmentation, mix_up, quarter_turns
-from kdkernels.train.data.batches import Batch, Batches, normaliser
+from kdkernels.train.data.batches import Batch, Batches, normaliser, steps_in_short
 from kdkernels.train.data.dataset import Dataset, Split, split_off
 from kdkernels.train.data.loaders import LoaderBatches, LoaderData, LoaderSplit, shape_of
 from kdkernels.train.data.sources import open_source
@@ -32,6 +32,7 @@ __all__ = [
     "quarter_turns",
     "shape_of",
     "split_off",
+    "steps_in_short",
 ]
 
 # Half of the digits test, as in scikit-learn's own example; other sets give up a fifth.

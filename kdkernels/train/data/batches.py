@@ -11,6 +11,7 @@ epoch.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from kdkernels.train.errors import InputError
 ORDER, AUGMENT, MIX = range(3)
 # An array is kept on a GPU whole if it takes up to this share of its memory.
 RESIDENT_SHARE = 0.25
+# An epoch of fewer steps is warned of.
+FEW_STEPS = 10
 
 
 class Batch(NamedTuple):
@@ -154,6 +157,20 @@ class Batches:
             choices = self.augment.draw(rng, len(self.data.train), height, width)
             self._choices[view] = torch.from_numpy(choices)
         return self._choices[view]
+
+
+def steps_in_short(images: int, batch_size: int) -> list[str]:
+    """How many steps an epoch has and what it leaves out; a warning if they are few."""
+    steps, left = divmod(images, min(batch_size, images))
+    out = f" (the {left} images that are left come in other epochs)" if left else ""
+    lines = [f"{steps:,} steps of {min(batch_size, images)} images an epoch{out}"]
+    smaller = 2 ** int(math.log2(max(images / FEW_STEPS, 1)))
+    if steps < FEW_STEPS and smaller < batch_size:
+        lines.append(
+            f"warning: {steps} steps an epoch are few; --batch-size {smaller} makes "
+            f"{images // smaller}"
+        )
+    return lines
 
 
 def _part(batch: Batch, own: slice) -> Batch:

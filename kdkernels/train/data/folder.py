@@ -125,26 +125,46 @@ def _decode_images(
 ) -> None:
     rows = {name: row for row, name in enumerate(names)}
 
-    def decoded(group: list[tuple[str, bytes]]) -> list[tuple[str, np.ndarray]]:
-        return [(name, _decode(content, image_size, source.where(name))) for name, content in group]
+    def decoded(group: list[tuple[str, bytes]]) -> list[tuple[str, np.ndarray | Unreadable]]:
+        return [(name, _decode(content, image_size)) for name, content in group]
 
     files = source.read(names)
     first = images = None
+    broken, odd = [], []
     with ThreadPoolExecutor() as pool:
         while chunk := list(itertools.islice(files, CHUNK)):
             groups = [chunk[start : start + GROUP] for start in range(0, len(chunk), GROUP)]
             for name, pixels in itertools.chain.from_iterable(pool.map(decoded, groups)):
+                if isinstance(pixels, Unreadable):
+                    broken.append(f"{source.where(name)} ({pixels.why})")
+                    continue
                 if first is None:
                     first, images = (name, pixels.shape), allocate((len(names), *pixels.shape))
                 if pixels.shape != first[1]:
-                    raise InputError(
-                        f"{source.where(name)}: {_size(pixels.shape)} pixels where {first[0]} has "
-                        f"{_size(first[1])}; give --image-size to resize them all"
-                    )
+                    odd.append(f"{source.where(name)} ({_size(pixels.shape)})")
+                    continue
                 images[rows[name]] = pixels
+    if broken:
+        raise InputError(f"{len(broken)} of {len(names)} images not readable: {_first(broken)}")
+    if odd:
+        raise InputError(
+            f"{len(odd)} of {len(names)} images of other sizes than {first[0]}, which has "
+            f"{_size(first[1])} pixels; give --image-size to resize them all: {_first(odd)}"
+        )
 
 
-def _decode(content: bytes, image_size: int | None, where: str) -> np.ndarray:
+def _first(images: list[str], most: int = 10) -> str:
+    more = f", and {len(images) - most} more" if len(images) > most else ""
+    return ", ".join(images[:most]) + more
+
+
+class Unreadable(NamedTuple):
+    """In the place of an image."""
+
+    why: str
+
+
+def _decode(content: bytes, image_size: int | None) -> np.ndarray | Unreadable:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image = ImageOps.exif_transpose(image)
@@ -155,7 +175,7 @@ def _decode(content: bytes, image_size: int | None, where: str) -> np.ndarray:
                 image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
             return np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: not a readable image ({error})") from error
+        return Unreadable(str(error))
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -8,6 +8,8 @@ their features where :func:`usual_taps` says. A new architecture is a file here 
 
 from __future__ import annotations
 
+import difflib
+
 from torch import nn
 
 from kdkernels.train.errors import InputError
@@ -28,6 +30,15 @@ __all__ = ["MODELS", "Taps", "build_model", "usual_taps"]
 CONVOLUTIONAL = (resnet, wrn, vgg, mobilenet, shufflenetv1, shufflenetv2)
 MODELS = ", ".join(family.NAMES for family in (small, *CONVOLUTIONAL, timm))
 MIN_SIZE = 8
+# Some for each pattern, of which errors name the nearest.
+EXAMPLES = [
+    *(f"{name}{width}" for name in ("mlp", "convnet") for width in (8, 16, 32, 64)),
+    *(f"resnet{6 * n + 2}" for n in (1, 2, 3, 5, 7, 9, 18)),
+    *("resnet8x4", "resnet32x4", "wrn16-1", "wrn16-2", "wrn40-1", "wrn40-2", "MobileNetV2"),
+    *(f"ResNet{depth}" for depth in (18, 34, 50, 101, 152)),
+    *(f"vgg{depth}" for depth in vgg.DEPTHS),
+    *("ShuffleV1", "ShuffleV2"),
+]
 
 
 def build_model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -45,4 +56,6 @@ def build_model(name: str, shape: tuple[int, int, int], classes: int) -> nn.Modu
     for family in CONVOLUTIONAL:
         if model := family.build(name, channels, classes):
             return model
-    raise InputError(f"model {name!r}: expected one of {MODELS}")
+    near = difflib.get_close_matches(name, EXAMPLES, 3)
+    hint = f"; the nearest are {', '.join(near)}" if near else ""
+    raise InputError(f"model {name!r}: expected one of {MODELS}{hint}")

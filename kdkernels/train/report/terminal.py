@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -71,19 +73,61 @@ def progress(label: str, done: int, total: int) -> Iterator[Callable[[], None]]:
         yield partial(bar.advance, task)
 
 
-def table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A column for each named summary: mean and sample standard deviation over seeds."""
+# Beside ROWS in a terminal, where no text around the table has it.
+TEACHER = ("teacher", "test accuracy, %", "teacher.accuracy", 100, 2)
+
+
+def table(
+    title: str,
+    summaries: Mapping[str, Mapping[str, Any]],
+    images: Mapping[str, int] | None = None,
+) -> Table:
+    """A column for each named summary: mean and sample standard deviation over seeds.
+
+    Numbers end at the first digit in doubt: by the deviation, or, of so many ``images`` of a part,
+    by that of drawing them. A row without any is left out.
+    """
     shown = Table(title=title)
     shown.add_column("")
     shown.add_column("")
     for name in summaries:
         shown.add_column(name, justify="right")
     before = None
-    for group, heading, *row in ROWS:
-        cells = [" ± ".join(mean_and_std(summary, *row)) for summary in summaries.values()]
-        shown.add_row(group if group != before else "", heading, *cells)
-        before = group
+    for group, heading, key, factor, most in (*ROWS[:5], TEACHER, *ROWS[5:]):
+        cells = []
+        for summary in summaries.values():
+            decimals = min(most, _decimals(key, summary.get(key, {}), factor, images or {}))
+            cells.append(" ± ".join(mean_and_std(summary, key, factor, decimals)))
+        if {*cells} != {"-"}:
+            shown.add_row(group if group != before else "", heading, *cells)
+            before = group
     return shown
+
+
+def _decimals(key: str, entry: Mapping[str, Any], factor: float, images: Mapping[str, int]) -> int:
+    noise = entry.get("std")
+    part = {"val": "validation", "test": "test", "teacher": "test"}.get(key.partition(".")[0])
+    if not noise and entry and factor == 100 and part in images:
+        share, count = entry["mean"], images[part]
+        noise = math.sqrt(max(share * (1 - share), 1 / count) / count)
+    return max(math.ceil(-math.log10(factor * noise)), 0) if noise else sys.maxsize
+
+
+def closing(results: Mapping[str, Any]) -> list[str]:
+    """Where the results of a run are, and what may come next."""
+    out = results["out"]
+    lines = [
+        f"specialist {place.removeprefix('teacher-')}: {model['model']}, "
+        f"{100 * model['test']['accuracy']:.0f} % of classes {model['classes'][0]}.."
+        f"{model['classes'][-1]} on test"
+        for place, model in results.items()
+        if place.startswith("teacher-")
+    ]
+    return [
+        *lines,
+        f"{out}: results.json, curves.png, and in seed-* model.safetensors and log.jsonl",
+        f"next: kdkernels report {out}",
+    ]
 
 
 def mean_and_std(
