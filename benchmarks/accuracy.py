@@ -39,7 +39,8 @@ import numpy as np
 from kdkernels.train import Config, run
 from kdkernels.train.data import Dataset, Split, load_data, split_off
 from kdkernels.train.devices import make_fabric
-from kdkernels.train.experiment import make_method, trained_teacher
+from kdkernels.train.experiment import trained_teacher
+from kdkernels.train.options import make_method
 
 SEEDS = (0, 1, 2)
 TEACHER, TEACHER_EPOCHS = "resnet20", 6

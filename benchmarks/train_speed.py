@@ -37,10 +37,10 @@ from kdkernels.train import checkpoint
 from kdkernels.train.config import Config
 from kdkernels.train.data import Dataset, split_off
 from kdkernels.train.devices import make_fabric, native_precision
-from kdkernels.train.experiment import make_method
 from kdkernels.train.loop import fit
 from kdkernels.train.metrics import accuracy, predict
 from kdkernels.train.models import build_model
+from kdkernels.train.options import make_method
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data/tiny-imagenet-even100-32px.tar.xz"

@@ -14,10 +14,10 @@ from kdkernels.train import Config, DivergedError, InputError, checkpoint, repor
 from kdkernels.train.cli import main
 from kdkernels.train.clock import StepClock
 from kdkernels.train.data import Batch
-from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import Output
 from kdkernels.train.metrics import calibration_error, measure, summarise
 from kdkernels.train.models import build_model
+from kdkernels.train.options import make_method
 
 QUICK = {"student": "mlp8", "epochs": 2, "accelerator": "cpu"}
 

@@ -9,8 +9,9 @@ import re
 import pytest
 
 from kdkernels.train import Config, run
-from kdkernels.train.cli import main, parameters
+from kdkernels.train.cli import main
 from kdkernels.train.methods import METHODS
+from kdkernels.train.options import parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +61,44 @@ def test_unknown_config_keys_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("method: [ce\n", "run.yaml: "),
+        ("method: ce\nlearning_rate: 0.1\n", "run.yaml: "),
+        ("epochs: two\n", "run.yaml: --epochs: expected int, got two"),
+    ],
+)
+def test_what_is_wrong_in_a_file_names_it(tmp_path, capsys, content, message):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(SystemExit):
+        main(["--config", str(tmp_path / "run.yaml")])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_an_option_of_one_of_several_methods(tmp_path):
+    path, out = tmp_path / "run.yaml", tmp_path / "out"
+    path.write_text("method: kd+dkd\nteacher: mlp8\nstudent: mlp8\nkd.alpha: 0.5\n")
+    common = "--temperature 3 --dkd.temperature 2 --epochs 1 --accelerator cpu --warmup 1"
+    assert main([*common.split(), "--config", str(path), "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    found = {key: config[key] for key in config if key.endswith((".alpha", ".temperature"))}
+    assert found == {
+        "kd.alpha": 0.5, "dkd.alpha": 1.0, "kd.temperature": 3.0, "dkd.temperature": 2.0,
+    }  # fmt: skip
+    assert main(["--resume", "--out", str(out)]) == 0
+
+
+def test_the_help_of_an_option_says_what_it_means_to_each_method(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "dkd: weight of the target class's part. Default for dkd: 1.0." in text
+    assert "education, kd: weight of the teacher's part; the labels get the rest." in text
+    assert "Of one of several methods: --dkd.alpha, --education.alpha, --kd.alpha." in text
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--methd ce", "unrecognized arguments: --methd ce; the nearest are --method,"),
@@ -94,6 +133,8 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     ("arguments", "message"),
     [
         ("--method ce --alpha .5", "--alpha: not an option of --method ce"),
+        ("--method ce --kd.alpha .5", "--kd.alpha: not an option of --method ce, which has none"),
+        ("--method kd+dkd --alpha .5", "--alpha: means different things; say whose. --kd.alpha:"),
         ("--method kd", "--method kd: expected --teacher or --teacher-checkpoint"),
         (
             "--method none",

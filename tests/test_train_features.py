@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from kdkernels.train import Config, InputError, checkpoint, run
 from kdkernels.train.data import Batch, load_data
-from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import Run
 from kdkernels.train.models import build_model
+from kdkernels.train.options import make_method
 from kdkernels.train.taps import Tapped
 
 SHAPE, CLASSES = (8, 8, 1), 10

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from kdkernels import functional as KF
 from kdkernels.train import Config, InputError, checkpoint, loop, run
 from kdkernels.train.data import Batch
-from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import Output, Run
+from kdkernels.train.options import make_method
 from kdkernels.train.taps import Tapped
 
 pytestmark = pytest.mark.usefixtures("one_thread")

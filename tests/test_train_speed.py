@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from kdkernels.train.data import Batch
-from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import Output
+from kdkernels.train.options import make_method
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from kdkernels.train import Config, InputError, checkpoint, methods, run
 from kdkernels.train.cli import main
 from kdkernels.train.data import Batch
-from kdkernels.train.experiment import make_method
 from kdkernels.train.methods import Output, TopK
 from kdkernels.train.methods.kd import KD
+from kdkernels.train.options import make_method
 from kdkernels.train.teacher_cache import CachedTeachers
 
 BATCH_SIZE = 100  # so that the last batch of a view has to be filled up

@@ -38,15 +38,10 @@ from kdkernels.train.data import (
 )
 from kdkernels.train.devices import on_first
 from kdkernels.train.errors import InputError, TrainError
-from kdkernels.train.experiment import (
-    conclude,
-    make_method,
-    resolved_options,
-    set_up,
-    user_cache,
-)
+from kdkernels.train.experiment import conclude, set_up, user_cache
 from kdkernels.train.loop import fit
 from kdkernels.train.methods import METHODS
+from kdkernels.train.options import make_method, resolved_options
 from kdkernels.train.state import whole
 from kdkernels.train.taps import Tapped, shown_two
 
@@ -72,6 +67,7 @@ def in_python() -> Iterator[None]:
     except TrainError as error:
         named = {option(name): name for name in OPTIONS}
         text = re.sub(r"--[a-z]+(?:-[a-z]+)*", lambda x: named.get(x[0], x[0]), str(error))
+        text = re.sub(r"--(?=[a-z]+\.)", "", text)
         error.args = (text,)
         raise
 

@@ -8,11 +8,10 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
-import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from kdkernels.train import experiment, report
@@ -20,6 +19,7 @@ from kdkernels.train.claim import recorded
 from kdkernels.train.config import Config, option
 from kdkernels.train.errors import InputError, TrainError
 from kdkernels.train.methods import METHODS
+from kdkernels.train.options import Parameter, parameters
 
 PROGRAM = "kdkernels train"
 
@@ -39,8 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("--resume: expected --out, or the options that the run was given")
         if run.resume and run.out:
             parser.set_defaults(defaults_of(Path(run.out)))
-        arguments = parser.parse_args((["--config", found.config] if found.config else []) + rest)
-        config, options = split(vars(arguments))
+        file = ["--config", found.config] if found.config else []
+        if file:  # alone first, for errors that are its own
+            parser.where = f"{found.config}: "
+            parser.parse_args(file)
+            parser.where = ""
+        config, options = split(vars(parser.parse_args(file + rest).as_flat()))
         results = experiment.run(config, options)
     except (TrainError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
@@ -67,11 +71,16 @@ def defaults_of(out: Path) -> dict[str, Any]:
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are a line or two that name the option, without the usage of all."""
+    """A parser whose errors are a line or two that name the option, without the usage of all.
+
+    They begin with ``where`` the options are read from.
+    """
+
+    where = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, with the nearest names for one that is not known."""
-        text = re.sub(r'Parser key "(\w+)":', lambda key: option(key[1]) + ":", message)
+        text = re.sub(r'Parser key "([\w.]+)":', lambda key: option(key[1]) + ":", message)
         # An option that may be left out is to jsonargparse a union with None.
         text = re.sub(
             r"Does not validate .*?- (Expected a [^\n]*)\n.*Given value: ",
@@ -88,7 +97,9 @@ class Parser(ArgumentParser):
             known = [text for action in self._actions for text in action.option_strings]
             near = difflib.get_close_matches(name, known, 3)
             text += f"; the nearest are {', '.join(near)}" if near else ""
-        self.exit(2, f"{PROGRAM}: {' '.join(text.split())} (--help lists the options)\n")
+        self.exit(
+            2, f"{PROGRAM}: {self.where}{' '.join(text.split())} (--help lists the options)\n"
+        )
 
 
 def make_parser() -> Parser:
@@ -116,13 +127,32 @@ def make_parser() -> Parser:
             users.setdefault(parameter.name, []).append((method, parameter))
     group = parser.add_argument_group("options of methods")
     for name, uses in users.items():
-        defaults = ", ".join(f"{method}: {parameter.default}" for method, parameter in uses)
         first = uses[0][1]
         settings = {"type": first.type | None}
         if lists := [kind for kind in get_args(first.type) if get_origin(kind) is list]:
             settings = {"type": get_args(lists[0])[0], "nargs": "+"}
-        group.add_argument(option(name), **settings, help=f"{first.help} Default for {defaults}.")
+        group.add_argument(option(name), **settings, help=explained(name, uses))
+        if len(uses) > 1:
+            for method, _ in uses:
+                own = option(f"{method}.{name}")
+                group.add_argument(own, **settings, help=argparse.SUPPRESS)
     return parser
+
+
+def explained(name: str, uses: Sequence[tuple[str, Parameter]]) -> str:
+    """The help of an option of methods: what it means to each, and its defaults."""
+    meanings: dict[str, list[tuple[str, Any]]] = {}
+    for method, parameter in uses:
+        meanings.setdefault(parameter.help, []).append((method, parameter.default))
+    lines = []
+    for meaning, users in meanings.items():
+        whose = f"{', '.join(method for method, _ in users)}: " if len(meanings) > 1 else ""
+        defaults = ", ".join(f"{method}: {default}" for method, default in users)
+        lines.append(f"{whose}{meaning} Default for {defaults}.")
+    if len(uses) > 1:
+        own = ", ".join(option(f"{method}.{name}") for method, _ in uses)
+        lines.append(f"Of one of several methods: {own}.")
+    return " ".join(lines)
 
 
 def split(arguments: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
@@ -131,23 +161,3 @@ def split(arguments: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     common = {parameter.name: arguments.pop(parameter.name) for parameter in parameters(Config)}
     config = Config(**common | {"seed": tuple(common["seed"])})
     return config, {name: value for name, value in arguments.items() if value is not None}
-
-
-class Parameter(NamedTuple):
-    """An argument of a class, as its signature and docstring have it."""
-
-    name: str
-    type: Any
-    default: Any
-    help: str
-
-
-def parameters(kind: type) -> Iterator[Parameter]:
-    """The arguments of a class with their help lines, which its docstring must have."""
-    described = {
-        entry.arg_name: " ".join(entry.description.split())
-        for entry in docstring_parser.parse(inspect.getdoc(kind)).params
-    }
-    for name, parameter in inspect.signature(kind, eval_str=True).parameters.items():
-        if kind is Config or name != "backend":
-            yield Parameter(name, parameter.annotation, parameter.default, described[name])

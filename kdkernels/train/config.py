@@ -17,7 +17,8 @@ class Config:
 
     Args:
         method: at, ce, crd, dkd, education, fitnet, kd or skd, or several joined by + (skd+dkd);
-            their own options follow by their own names, and go to each method that has them.
+            their own options follow by their own names, and go to each method that has them;
+            --kd.temperature is kd's only, and kd.temperature so in a file.
         data: "digits", or a folder or a tar of one: cifar-10-batches-py or cifar-100-python, images
             (train|val|test/<class>/*, or <class>/*), or arrays (images.npy and labels.npy, also as
             an .npz).

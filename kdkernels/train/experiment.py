@@ -8,7 +8,6 @@ with ``checkpoint.pt``, ``log.jsonl`` and, once finished, ``test.npz``, ``model.
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,16 +24,17 @@ import kdkernels
 from kdkernels import backends
 from kdkernels.train import checkpoint, report, teacher_cache
 from kdkernels.train.claim import check, claimed
-from kdkernels.train.config import Config, option
+from kdkernels.train.config import Config
 from kdkernels.train.data import Batches, Dataset, load_data, steps_in_short
 from kdkernels.train.devices import make_fabric, on_first, predict_together
 from kdkernels.train.errors import InputError
 from kdkernels.train.learner import acquaint
 from kdkernels.train.logs import require_tensorboard
 from kdkernels.train.loop import fit
-from kdkernels.train.methods import METHODS, Composite, Method, Run
+from kdkernels.train.methods import Method, Run
 from kdkernels.train.metrics import accuracy, summarise
 from kdkernels.train.models import build_model
+from kdkernels.train.options import make_method, resolved_options
 from kdkernels.train.state import whole
 from kdkernels.train.teachers import Teacher
 
@@ -208,7 +208,7 @@ def train(
 
 
 def trained_teacher(
-    fabric: Fabric, data: Dataset, config: Config, out: Path, label: str
+    fabric: Fabric, data: Dataset, config: Config, out: Path, label: str = ""
 ) -> tuple[str, nn.Module]:
     """The teacher, trained with cross-entropy unless ``out`` already has it."""
     as_student = replace(
@@ -242,49 +242,3 @@ def user_cache() -> Path:
     """Where decoded image folders are kept unless told otherwise."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "kdkernels"
-
-
-def make_method(name: str, backend: str, options: Mapping[str, Any]) -> Method:
-    """The method called ``name``, or several joined by "+", with the options each of them has."""
-    given = options_of(name, options)
-    methods = {part: METHODS[part](**given[part], backend=backend) for part in given}
-    return next(iter(methods.values())) if len(methods) == 1 else Composite(methods)
-
-
-def options_of(name: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By the methods that ``name`` joins: those of ``options`` that each has."""
-    parts = name.split("+")
-    for part in parts:
-        if part not in METHODS:
-            raise InputError(
-                f"--method: expected one of {', '.join(METHODS)}, or several joined by +, got "
-                f"{part!r}"
-            )
-    if len(set(parts)) < len(parts):
-        raise InputError(f"--method {name}: expected each method once")
-    known = {
-        part: inspect.signature(METHODS[part]).parameters.keys() - {"backend"} for part in parts
-    }
-    every = sorted(set().union(*known.values()))
-    for key in options.keys() - {*every}:
-        raise InputError(
-            f"{option(key)}: not an option of --method {name}, which has "
-            f"{', '.join(map(option, every)) or 'none'}"
-        )
-    return {
-        part: {key: value for key, value in options.items() if key in known[part]} for part in parts
-    }
-
-
-def resolved_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a method with the defaults filled in; of several, ``method.option``."""
-    given = options_of(name, options)
-    resolved = {}
-    for part, own in given.items():
-        arguments = inspect.signature(METHODS[part]).bind(**own)
-        arguments.apply_defaults()
-        prefix = f"{part}." if len(given) > 1 else ""
-        resolved |= {
-            prefix + key: value for key, value in arguments.arguments.items() if key != "backend"
-        }
-    return resolved
