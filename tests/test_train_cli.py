@@ -174,5 +174,6 @@ def test_every_option_has_help(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
+    assert all(own.help for kind in (Config, *METHODS.values()) for own in parameters(kind))
     options = [*Config.__dataclass_fields__, "temperature", "alpha"]
     assert all("--" + name.replace("_", "-") in text for name in options)

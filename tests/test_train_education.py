@@ -220,7 +220,11 @@ def test_the_log_says_which_specialist_and_grade(tmp_path, capsys):
         ("--grades 2 --boundaries 0", "grades would begin after [0, 0]"),
         ("--grades 6", "--grades 6: expected at most 5 for 10 classes: a specialist needs two"),
         ("--method education+kd --grades 2", "--method: education goes with no other method"),
-        ("--grades 2 --teacher-checkpoint x", "--teacher-checkpoint: expected 2 joined by commas"),
+        ("--grades 2 --teacher-checkpoint x", "--teacher-checkpoint: x: no such model file"),
+        (
+            "--grades 2 --teacher-checkpoint README.md",
+            "--teacher-checkpoint: expected 2 joined by commas",
+        ),
     ],
 )
 def test_bad_options_are_named_and_write_nothing(arguments, message, tmp_path, capsys):

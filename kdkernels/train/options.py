@@ -24,14 +24,14 @@ class Parameter(NamedTuple):
 
 
 def parameters(kind: type) -> Iterator[Parameter]:
-    """The arguments of a class with their help lines, which its docstring must have."""
+    """The arguments of a class with their help lines, which its docstring should have."""
     described = {
         entry.arg_name: " ".join(entry.description.split())
         for entry in docstring_parser.parse(inspect.getdoc(kind)).params
     }
     for name, parameter in inspect.signature(kind, eval_str=True).parameters.items():
         if kind is Config or name != "backend":
-            yield Parameter(name, parameter.annotation, parameter.default, described[name])
+            yield Parameter(name, parameter.annotation, parameter.default, described.get(name, ""))
 
 
 def make_method(name: str, backend: str, options: Mapping[str, Any]) -> Method:
