@@ -34,7 +34,7 @@ def test_the_end_says_how_good_the_teacher_was_and_where_all_is(tmp_path, capsys
     assert main([*common.split(), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "2 steps of 400 images an epoch (the 9 images that are left come in" in shown
-    assert "warning: 2 steps an epoch are few; --batch-size 64 makes 12" in shown
+    assert "warning: 2 steps an epoch: few; a --batch-size of 64 makes 12" in shown
     assert "digits, seed 0" in shown
     assert re.search(r"teacher *│ test accuracy, % *│ *\d+ *│", shown)
     assert shown.endswith(f"next: kdkernels report {out}\n")

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ from kdkernels.train.devices import on_first
 from kdkernels.train.errors import InputError, TrainError
 from kdkernels.train.experiment import conclude, set_up, user_cache
 from kdkernels.train.loop import fit
-from kdkernels.train.methods import METHODS
 from kdkernels.train.options import make_method, resolved_options
 from kdkernels.train.state import whole
 from kdkernels.train.taps import Tapped, shown_two
@@ -54,9 +52,8 @@ FOR_IMAGES_IN_MEMORY = (
 # Options of a run that trains or loads its teacher: here it is given.
 FOR_A_TEACHER_BY_NAME = ("teacher_checkpoint", "teacher_epochs", "teacher_seed")
 
-OPTIONS = Config.__dataclass_fields__.keys() | chain.from_iterable(
-    inspect.signature(kind).parameters for kind in METHODS.values()
-)
+# As the command line spells them, but not within a path.
+OPTION = r"(?<![\w/.-])--([a-z]\w*(?:[-.]\w+)*)"
 
 
 @contextmanager
@@ -65,9 +62,7 @@ def in_python() -> Iterator[None]:
     try:
         yield
     except TrainError as error:
-        named = {option(name): name for name in OPTIONS}
-        text = re.sub(r"--[a-z]+(?:-[a-z]+)*", lambda x: named.get(x[0], x[0]), str(error))
-        text = re.sub(r"--(?=[a-z]+\.)", "", text)
+        text = re.sub(OPTION, lambda found: found[1].replace("-", "_"), str(error))
         error.args = (text,)
         raise
 

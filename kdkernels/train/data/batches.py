@@ -163,11 +163,12 @@ def steps_in_short(images: int, batch_size: int) -> list[str]:
     """How many steps an epoch has and what it leaves out; a warning if they are few."""
     steps, left = divmod(images, min(batch_size, images))
     out = f" (the {left} images that are left come in other epochs)" if left else ""
-    lines = [f"{steps:,} steps of {min(batch_size, images)} images an epoch{out}"]
+    number = f"{steps:,} step{'s' * (steps > 1)}"
+    lines = [f"{number} of {min(batch_size, images)} images an epoch{out}"]
     smaller = 2 ** int(math.log2(max(images / FEW_STEPS, 1)))
     if steps < FEW_STEPS and smaller < batch_size:
         lines.append(
-            f"warning: {steps} steps an epoch are few; --batch-size {smaller} makes "
+            f"warning: {number} an epoch: few; a --batch-size of {smaller} makes "
             f"{images // smaller}"
         )
     return lines

@@ -63,8 +63,8 @@ class FeatureMethod(Method):
             more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
             raise InputError(
                 f"{side}: {error} to compare, as many of either network: options="
-                f"{{'student_taps': [...], 'teacher_taps': [...]}}, on the command line "
-                f"--student-taps and --teacher-taps. It has {', '.join(names[:MOST_NAMED])}{more}; "
+                f"{{'student_taps': [...], 'teacher_taps': [...]}} (--student-taps and "
+                f"--teacher-taps). It has {', '.join(names[:MOST_NAMED])}{more}; "
                 f"'NAME:input' is what one takes"
             ) from error
 
