@@ -186,7 +186,7 @@ def test_what_is_no_network_is_named(images, student, teacher, message):
 
 @pytest.mark.parametrize("method", ["at", "crd"])
 def test_modules_to_compare_are_asked_for(images, method):
-    message = r"student: .* 'teacher_taps'.*\(student_taps and teacher_taps\)\. It has 0, 1, 2, 3; 'N"
+    message = r"student: .* 'teacher_taps'.*\(student_taps and teacher_taps\)\. It has 0, 1, 2, 3;"
     with pytest.raises(InputError, match=message):
         distill(network(), network(), images, method=method, **QUICK)
 

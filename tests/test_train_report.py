@@ -91,6 +91,9 @@ def test_the_page_tells_options_teacher_and_predictions(folder):
     own = r"the method's own temperature 4\.0, alpha 0\.9 "
     assert re.search(rf"Options that differ .* method ce kd .* seed 0 0 1 {own}", text)
     assert re.search(r"Teacher: mlp32 \(\d\d?\.\d\d % on test\)\.", text)
+    assert re.search(r"teacher mlp32 \d\d?\.\d\d ", text)
+    assert "Guessing is right for 10 % of images of 10 classes." in text
+    assert re.search(r"best first: \d, \d, ", text)
     assert re.search(r"teacher [✓✗] \d \d+ %", text)
     assert text.count("Drawn at random") == 2
     assert text.count("Gradient norms of the terms") == 2
@@ -102,6 +105,7 @@ def test_runs_on_different_data_are_told_apart(folder, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"data": "sets/photos"}))
     text = plain(written(other, folder / "kd"))
     assert "on different data (digits, photos): their figures are not to be compared" in text
+    assert re.search(r"Summary, photos .* ce 1 .* Summary, digits .* kd 2 ", text)
     assert "different data" not in plain(written(folder))
 
 

@@ -48,10 +48,9 @@ def page(runs: Sequence[Run]) -> str:
         f"{time.strftime('%Y-%m-%d')}.</p>",
         problems(runs),
         mixed(data),
-        summary(runs, styles),
-        comparison(runs, styles),
-        options(runs),
+        *(summary(*group, name) + comparison(*group, name) for name, group in of(runs, styles)),
         *(run_section(run, style) for run, style in zip(runs, styles, strict=True)),
+        options(runs),
         environment(runs),
     ]
     style = Path(__file__).with_name("style.css").read_text()
@@ -72,8 +71,18 @@ def mixed(data: Iterable[str]) -> str:
     )
 
 
-def summary(runs: Sequence[Run], styles: Sequence[str]) -> str:
-    """A line for each run, and one for each teacher."""
+def of(runs: Sequence[Run], styles: Sequence[str]) -> list[tuple[str, tuple[list[Run], list[str]]]]:
+    """Runs and their styles by data set, whose name is needed where there are several."""
+    groups: dict[str, tuple[list[Run], list[str]]] = {}
+    for run, style in zip(runs, styles, strict=True):
+        own, theirs = groups.setdefault(Path(str(run.config.get("data", ""))).name, ([], []))
+        own.append(run)
+        theirs.append(style)
+    return [(f", {name or 'unknown data'}" * (len(groups) > 1), x) for name, x in groups.items()]
+
+
+def summary(runs: Sequence[Run], styles: Sequence[str], where: str = "") -> str:
+    """A line for each run, and one for each teacher of all classes."""
     every = [seed.results["test"]["accuracy"] for run in runs for seed in run.finished]
     rows = []
     for run, style in zip(runs, styles, strict=True):
@@ -95,11 +104,19 @@ def summary(runs: Sequence[Run], styles: Sequence[str]) -> str:
         for shown, labels in taught.items()
     )
     by = f"Teacher: {by}." if by else ""
+    of_all = [run.teachers[0] for run in runs if len(run.teachers) == 1]
+    for model, accuracy in sorted({(one["model"], one["test"]["accuracy"]) for one in of_all}):
+        cells = [f"{100 * accuracy:.2f}", *[""] * (len(ROWS) - 1)]
+        rows.append((escape(f"teacher {model}"), "", "", *cells))
+    known = {len(x.predictions.classes) for r in runs for x in r.finished if x.predictions}
+    if len(known) == 1:
+        (count,) = known
+        by += f" Guessing is right for {100 / count:.3g} % of images of {count} classes."
     notes = f'<p class="soft">{NOTE}</p><p class="soft">{escape(by)}</p>'
-    return f"<h2>Summary</h2>{html.table(header, rows)}{notes}"
+    return f"<h2>Summary{escape(where)}</h2>{html.table(header, rows)}{notes}"
 
 
-def comparison(runs: Sequence[Run], styles: Sequence[str]) -> str:
+def comparison(runs: Sequence[Run], styles: Sequence[str], where: str = "") -> str:
     """What all methods report of validation, by epoch, all runs in one chart."""
     shown = []
     for title, key, factor, log in CURVES:
@@ -120,7 +137,8 @@ def comparison(runs: Sequence[Run], styles: Sequence[str]) -> str:
         shown.append(html.figure(title, chart.svg()))
     names = html.legend(zip(styles, (run.label for run in runs), strict=True))
     note = "On validation images, by epoch: means within the range over seeds."
-    return f'<h2>Curves</h2><p class="soft">{note}</p>{names}{html.figures(shown, style="two")}'
+    figures = html.figures(shown, style="two")
+    return f'<h2>Curves{escape(where)}</h2><p class="soft">{note}</p>{names}{figures}'
 
 
 def options(runs: Sequence[Run]) -> str:
@@ -146,7 +164,7 @@ def options(runs: Sequence[Run]) -> str:
         rows.append(("the method's own", *map(escape, own)))
     note = "All other options are the same in all runs." if rows else "There are none."
     content = html.table(("", *(run.label for run in configured)), rows, style="text")
-    return f'<h2>Options that differ</h2><p class="soft">{note}</p>{content if rows else ""}'
+    return html.folded("Options that differ", f'<p class="soft">{note}</p>{content * bool(rows)}')
 
 
 def environment(runs: Sequence[Run]) -> str:

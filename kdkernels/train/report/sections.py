@@ -20,6 +20,8 @@ from kdkernels.train.report.terminal import ROWS, mean_and_std
 COMMON = {"accuracy", "ece", "agreement", "kl_to_teacher"}
 # Up to so many classes the confusion matrix is shown whole.
 MATRIX, PAIRS = 20, 10
+# Up to so many are named beside the chart of their accuracies.
+NAMED = 12
 # Of the calibration chart; what fewer answers are right by chance is no share to show.
 BINS, FEW = 15, 10
 
@@ -217,7 +219,8 @@ def _class_bars(names: Sequence[str], shares: np.ndarray, reference: np.ndarray)
         if len(reference):
             chart.level(place, 1, 100 * reference[index])
     keys = [("s0", "student")] + [("s1", "teacher")] * bool(len(reference))
-    return html.figure("Accuracy by class, %", html.legend(keys) + chart.svg())
+    few = f"best first: {', '.join(names[index] for index in order)}" * (len(names) <= NAMED)
+    return html.figure("Accuracy by class, %", html.legend(keys) + chart.svg(), few)
 
 
 def _matrix(names: Sequence[str], counts: np.ndarray) -> str:
