@@ -70,11 +70,8 @@ def test_a_killed_run_resumes_bit_equal(tmp_path):
     for before, after in zip(*logs, strict=True):
         for part in ("epoch", "step", "lr", "train", "val"):
             assert json.loads(before)[part] == json.loads(after)[part]
-    models = [
-        checkpoint.load_model(out / "seed-7" / "model.safetensors", (8, 8, 1), 10)[1].state_dict()
-        for out in (alone, killed)
-    ]
-    torch.testing.assert_close(*models, rtol=0, atol=0)
+    one, other = (out / "seed-7" / "model.safetensors" for out in (alone, killed))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
