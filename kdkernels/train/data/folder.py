@@ -175,7 +175,7 @@ def _decode(content: bytes, image_size: int | None) -> np.ndarray | Unreadable:
                 image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
             return np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return Unreadable(str(error))
+        return Unreadable(str(error).partition(" <_io.")[0])  # no name of the file it is not
 
 
 def _size(shape: tuple[int, ...]) -> str:
