@@ -8,14 +8,15 @@ namespace kd {
 // DIST. A row's probabilities are exp((z - max) / temperature) * inverse.
 struct DistRow {
   double max_s = 0, max_t = 0, inverse_s = 0, inverse_t = 0;
-  double mean_s = 0, mean_t = 0;  // of the exponentials
+  double mean_s = 0, mean_t = 0;  // of the probabilities
   double x = 0, y_s = 0, y_t = 0; // d loss / d p_s = x (p_t - mean) - y_s (p_s - mean)
   double loss = 0;                // its share of the inter-class term
   double slope = 0;               // sum dz z, for the temperature
 };
 
-// Moments of a block of rows, then coefficients of all, per class.
-enum DistMoment { mean_s, mean_t, sum_ss, sum_tt, sum_st, dist_moments };
+// Moments of a tile of rows, then coefficients of all, per class.
+enum DistMoment { mean_s, mean_t, sum_ss, sum_tt, sum_st, pivot_s, pivot_t, dist_moments };
+constexpr int dist_sums = pivot_s;  // of these, the sums; what the columns are measured from
 enum DistColumn { centre_s, centre_t, column_x, column_y_s, column_y_t, dist_coefficients };
 
 // Their fields, in order, are those of DistNumbers and DistChoices in kdkernels/ops/batchwise.py.
@@ -34,9 +35,9 @@ struct DistParams : DistNumbers, DistChoices {
   DistRow* row = nullptr;           // (N,)
   // Of the type accumulated in, rows dist_stride apart.
   void* soft = nullptr;             // (2, N, C) the probabilities, or null: computed again
-  void* moments = nullptr;          // (blocks, dist_moments, C)
+  void* moments = nullptr;          // (tiles, dist_moments, C)
   void* columns = nullptr;          // (dist_coefficients, C)
-  double* column_loss = nullptr;    // (C,)
+  double* column_loss = nullptr;    // of each task's columns
   Rows grad_student, grad_teacher;  // null where not asked for
   double* row_factor = nullptr;     // (2, N) or null: what fp16 gradients lack
   bool temperature_grad = false;    // whether DistRow::slope is wanted
@@ -47,43 +48,60 @@ constexpr double dist_eps = 1e-8;
 // Logits of a side up to which the probabilities are kept: a few megabytes, which caches hold.
 constexpr int64_t dist_kept = 1 << 20;
 
-// Rows whose column moments one task accumulates; the partition depends on the shape alone, so
-// that sums are the same for any number of threads. At 32 rows, moments are a tenth of the logits'
-// bytes.
+// Rows whose column moments are summed before they join the others': their memory is a ninth of the
+// probabilities'.
+constexpr int64_t dist_tile = 32;
+static inline int64_t dist_tiles(int64_t rows) { return (rows + dist_tile - 1) / dist_tile; }
+
+// Rows of one task, whole tiles, and columns of one; partitions depend on the shape alone, so that
+// sums are the same for any number of threads.
+constexpr int64_t dist_tasks = 64;  // of a step, at most
 static inline int64_t dist_block_rows(int64_t rows, int64_t classes) {
-  constexpr int64_t least = 32, elements = 16384, most_blocks = 64;
-  int64_t n = elements / (classes > 0 ? classes : 1);
-  n = n > least ? n : least;
-  const int64_t even = (rows + most_blocks - 1) / most_blocks;
-  return n > even ? n : even;
+  constexpr int64_t elements = 16384;
+  const int64_t worth = elements / (classes > 0 ? classes : 1);
+  const int64_t even = (rows + dist_tasks - 1) / dist_tasks, n = worth > even ? worth : even;
+  return n > dist_tile ? dist_tiles(n) * dist_tile : dist_tile;
 }
 static inline int64_t dist_blocks(int64_t rows, int64_t classes) {
   const int64_t n = dist_block_rows(rows, classes);
   return (rows + n - 1) / n;
+}
+static inline int64_t dist_task_columns(int64_t classes) {
+  constexpr int64_t least = 128 * dist_tasks;
+  return (classes + least - 1) / least * 128;
+}
+static inline int64_t dist_column_tasks(int64_t classes) {
+  const int64_t n = dist_task_columns(classes);
+  return n ? (classes + n - 1) / n : 0;
 }
 
 static inline bool in_double(const DistParams& p) {
   return p.student.dtype == DType::float64 || p.teacher.dtype == DType::float64;
 }
 
-// Numbers from one row to the next of what stands between the steps: rows begin on cache lines, as
-// a vector across two of them costs two reads.
-static inline int64_t dist_stride(const DistParams& p) { return (p.classes + 15) / 16 * 16; }
+// Numbers from one row to the next of what stands between the steps. Rows begin on cache lines, as
+// a vector across two of them costs two reads; and not at nearly the same place of a page, where a
+// read waits for writes to its neighbours.
+static inline int64_t dist_stride(const DistParams& p) {
+  const int64_t line = in_double(p) ? 8 : 16, page = 64 * line, apart = 4 * line;
+  const int64_t n = (p.classes + line - 1) / line * line, rest = n % page;
+  return n + (rest < apart ? apart - rest : rest > page - apart ? page + apart - rest : 0);
+}
 
 // The memory of that, in doubles, and its parts.
 static inline int64_t dist_scratch(const DistParams& p) {
-  const int64_t rows = dist_coefficients + dist_blocks(p.rows, p.classes) * dist_moments +
+  const int64_t rows = dist_coefficients + dist_tiles(p.rows) * dist_moments +
                        (p.rows * p.classes <= dist_kept ? 2 * p.rows : 0);
-  return dist_stride(p) * (1 + (in_double(p) ? rows : (rows + 1) / 2)) + 8;
+  return dist_tasks + dist_stride(p) * (in_double(p) ? rows : (rows + 1) / 2) + 8;
 }
 static inline void dist_place(DistParams& p, double* memory) {
   const int64_t row = dist_stride(p) * (in_double(p) ? 8 : 4);
   char* const first = (char*)(((uintptr_t)memory + 63) / 64 * 64);
   p.column_loss = (double*)first;
-  p.columns = first + dist_stride(p) * 8;
+  p.columns = first + dist_tasks * 8;
   p.moments = (char*)p.columns + dist_coefficients * row;
   if (p.rows * p.classes <= dist_kept)
-    p.soft = (char*)p.moments + dist_blocks(p.rows, p.classes) * dist_moments * row;
+    p.soft = (char*)p.moments + dist_tiles(p.rows) * dist_moments * row;
 }
 
 constexpr int most_temperatures = 16;  // MOST_TEMPERATURES in kdkernels/ops/batchwise.py

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "arrays.h"
 
+#include "../kd/cpu/correlations.h"
 #include "../kd/cpu/relations.h"
 
 #include <tuple>
@@ -30,25 +31,11 @@ std::pair<double, double> dist(const py::array& student, const py::array& teache
   if (!row_factor.is_none())
     p.row_factor = row_factor.cast<py::array_t<double>>().mutable_data();
   p.temperature_grad = true;
-  const int64_t blocks = kd::dist_blocks(p.rows, p.classes);
-  std::vector<kd::DistRow> row(p.rows);
-  std::vector<double> scratch(kd::dist_scratch(p));
-  p.row = row.data();
-  kd::dist_place(p, scratch.data());
-
   py::gil_scoped_release release;
-  const auto& kernels = kd::kernels();
-  double loss = 0, slope = 0;
-  if (p.counted > 0) {
-    split_tasks(blocks, threads, [&](int64_t a, int64_t b) { kernels.dist_measure(p, a, b); });
-    split_tasks(p.classes, threads, [&](int64_t a, int64_t b) { kernels.dist_columns(p, a, b); });
-    for (const auto& r : row) loss += r.loss;
-    for (int64_t k = 0; k < p.classes; k++) loss += p.column_loss[k];
-  }
-  split_rows(p.rows, p.classes, threads,
-             [&](int64_t a, int64_t b) { kernels.dist_emit(p, a, b); });
-  for (const auto& r : row) slope -= r.slope;
-  return {loss, (slope + (p.t2 ? 2 * loss : 0)) / p.temperature};
+  const kd::Correlations found(p, [&](int64_t tasks, const auto& f) {
+    split_tasks(tasks, threads, f);
+  });
+  return {found.loss, found.temperature_slope};
 }
 
 // The steps of MLKD, arguments and results as those of the torch operators (kdkernels/ops/

@@ -3,6 +3,7 @@
 // kdkernels/ops/batchwise.py.
 #include "tensors.h"
 
+#include "../kd/cpu/correlations.h"
 #include "../kd/cpu/relations.h"
 
 #include <memory>
@@ -38,32 +39,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dist(
   Tensor grad_student = gradient_for(student, grads & of_student, p.grad_student);
   Tensor grad_teacher = gradient_for(teacher, grads & of_teacher, p.grad_teacher);
 
-  const int64_t blocks = kd::dist_blocks(p.rows, p.classes);
-  const std::unique_ptr<kd::DistRow[]> rows(new kd::DistRow[p.rows]);
-  const std::unique_ptr<double[]> scratch(new double[kd::dist_scratch(p)]);
   const std::unique_ptr<double[]> factors(grads & of_rows ? new double[2 * p.rows] : nullptr);
-  p.row = rows.get(), p.row_factor = factors.get();
-  kd::dist_place(p, scratch.get());
+  p.row_factor = factors.get();
   p.temperature_grad = grads & of_temperature;
-
-  const auto& kernels = kd::kernels();
-  double loss = 0, slope = 0;
-  if (p.counted > 0) {
-    parallel_for(0, blocks, 1, [&](int64_t a, int64_t b) { kernels.dist_measure(p, a, b); });
-    parallel_for(0, p.classes, kd::grain / blocks + 1,
-                 [&](int64_t a, int64_t b) { kernels.dist_columns(p, a, b); });
-    for (int64_t i = 0; i < p.rows; i++) loss += p.row[i].loss;
-    for (int64_t k = 0; k < p.classes; k++) loss += p.column_loss[k];
-  }
-  if (grads & (of_student | of_teacher | of_temperature))
-    parallel_for(0, p.rows, kd::rows_per_task(p.classes),
-                 [&](int64_t a, int64_t b) { kernels.dist_emit(p, a, b); });
-  if (p.temperature_grad) {
-    for (int64_t i = 0; i < p.rows; i++) slope -= p.row[i].slope;
-    slope = (slope + (p.t2 ? 2 * loss : 0)) / p.temperature;
-  }
-  return {stored(&loss, {}, dtype), grad_student, grad_teacher,
-          p.temperature_grad ? stored(&slope, {1}, dtype) : nothing(dtype),
+  const kd::Correlations found(p, [](int64_t tasks, const auto& f) {
+    parallel_for(0, tasks, 1, f);
+  });
+  return {stored(&found.loss, {}, dtype), grad_student, grad_teacher,
+          p.temperature_grad ? stored(&found.temperature_slope, {1}, dtype) : nothing(dtype),
           p.row_factor ? stored(p.row_factor, {2, p.rows}, dtype) : nothing(dtype)};
 }
 

@@ -43,6 +43,19 @@ KD_FN vf at_least(vf x, vf low) { return (vf)_mm256_max_ps((__m256)low, (__m256)
 KD_FN vf at_most(vf x, vf high) { return (vf)_mm256_min_ps((__m256)high, (__m256)x); }
 #endif
 
+// As it is rounded: the compiler does not fuse its product with the sum that it is used in.
+template <class V>
+KD_FN V rounded(V x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 template <class V>
 KD_FN typename Lanes<V>::I as_integer(V x) {
   return (typename Lanes<V>::I)x;

@@ -31,3 +31,8 @@ KD_FN V read_logits(const S* p, W w) {
 }
 template <class V, class S>
 KD_FN V read_logits(const S* p, Finite) { return load<V>(p); }
+// 0 where there is no class.
+template <class V>
+KD_FN V within(V v, Whole) { return v; }
+template <class V>
+KD_FN V within(V v, Part part) { return without(v, ~0u << part.n, 0); }

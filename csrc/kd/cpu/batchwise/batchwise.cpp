@@ -14,6 +14,7 @@ namespace KD_ISA {
 #include "../sweep.h"
 #include "softmax.h"
 #include "dist.h"
+#include "dist_emit.h"
 #include "mlkd.h"
 #include "product.h"
 #include "relate.h"
@@ -23,10 +24,11 @@ void dist_measure(const DistParams& p, int64_t begin, int64_t end) {
     in_double(p) ? measure_block<double>(p, b) : measure_block<float>(p, b);
 }
 void dist_columns(const DistParams& p, int64_t begin, int64_t end) {
-  in_double(p) ? merge_columns<double>(p, begin, end) : merge_columns<float>(p, begin, end);
+  for (int64_t i = begin; i < end; i++)
+    in_double(p) ? merge_columns<double>(p, i) : merge_columns<float>(p, i);
 }
 void dist_emit(const DistParams& p, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i++)
+  for (int64_t i = end; i-- > begin;)  // the last ones first: they were measured last
     in_double(p) ? emit_row<double>(p, i) : emit_row<float>(p, i);
 }
 
