@@ -131,11 +131,21 @@ def test_maxima_that_keep_moving(module, classes, capability):
 def test_every_divergence(module, kind, classes):
     module.set_device(90, 2, 8192)
     student, teacher = logits(5, classes)
+    student[1, 3::2] = teacher[1, 3::2] = -INF
     check(module, student, teacher, kind=kind, temperature=2.0)
     half = student.half() / 3, teacher.bfloat16() / 3  # of different dtypes
     check(module, *half, kind=kind, temperature=1.5, teacher_temperature=2.5)
     check(module, student, teacher, kind=kind, gradient=False)
     check(module, student, teacher, kind=kind, inplace=True)
+
+
+@pytest.mark.parametrize("classes", [50, 150])
+@pytest.mark.parametrize("powers", [(-0.5, 1.0), (1.0, -0.5), (0.5, -1.0), (-0.5, -0.5)])
+def test_powers_of_classes_that_are_off(module, classes, powers):
+    module.set_device(90, 1, 8192)
+    student, teacher = logits(3, classes, spread=1.0)
+    student[1, 3::2] = teacher[1, 3::2] = student[2, 1:] = teacher[2, 1:] = -INF
+    check(module, student, teacher, kind="ab", alpha=powers[0], beta=powers[1], temperature=2.0)
 
 
 @pytest.mark.parametrize("classes", [50, 150])
@@ -233,9 +243,26 @@ def test_identical_and_close_rows(module, classes):
     student, _ = logits(4, classes)
     value, grad, _ = simulate(module, student, student.clone())
     assert value == 0 and (grad == 0).all()
-    for scale in (1e-3, 1e-5):
+    for scale in (0.3, 0.05, 1e-3, 1e-5):
         teacher = student + scale * torch.randn(4, classes)
         check(module, student, teacher)
+        if scale > 1e-2:  # below, the logits' rounding is what is seen
+            check(module, student, teacher - 0.75)
+        teacher[:, 3] -= 9  # close, but for a class
+        check(module, student, teacher, kind="js", temperature=2.0)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 20.0])
+@pytest.mark.parametrize("classes", [30, 75, 150])
+def test_offsets(module, classes, temperature):
+    """What the rounding of a large maximum takes is made good."""
+    module.set_device(90, 1, 8192)
+    student, teacher = logits(4, classes)
+    labels = torch.tensor([0, classes - 1, 3, 17])
+    for shift in (3e3, -7e4):
+        options = {"labels": labels, "ce_weight": 0.5, "temperature": temperature}
+        check(module, student + shift, teacher - shift / 3, **options)
+        check(module, student + shift, teacher, temperature=temperature, teacher_temperature=1.5)
 
 
 def test_same_bits_in_any_order(module):

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A row pair in a thread's hands: chunks of `width` neighbouring classes, from its registers, from
-// slots of shared memory, or from where they lie.
+// slots of shared memory, or from where they lie. In fp32 a class that is off is -inf, in double the
+// floor.
 
 template <class S>
 struct Chunk {
@@ -55,8 +56,7 @@ template <class From>
 KD_DEVICE void read_parts(const From& from, const Span& span, int i, float (&z)[4]) {
   for (int j = 0; j < 4; j++) {
     const int k = 4 * i + j;
-    z[j] = k >= span.lead && k < span.lead + span.n ? at_least(from.at(k), floor_of<float>)
-                                                     : floor_of<float>;
+    z[j] = k >= span.lead && k < span.lead + span.n ? from.at(k) : -__builtin_inff();
   }
 }
 template <class From>

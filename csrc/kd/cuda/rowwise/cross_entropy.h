@@ -46,3 +46,18 @@ KD_DEVICE S gradient_of(const CrossEntropyRow<S>& ce, int64_t i, S z, S scale) {
   if (!ce.by_class && ce.coefficient != 0) grad -= ce.coefficient * ce.kept * ce.probs.at(i);
   return grad;
 }
+
+// What the labels take from the gradients of a chunk of the whole row's classes.
+template <class S>
+KD_DEVICE void take_labels(const CrossEntropyRow<S>& ce, int64_t first, S (&grad)[width<S>]) {
+  const auto take = [&](int64_t i, S share) {
+    if (i < first || i >= first + width<S>) return;
+    for (int j = 0; j < width<S>; j++)
+      if (first + j == i) grad[j] -= share;
+  };
+  take(ce.label, ce.coefficient * ce.kept), take(ce.target, ce.target_coefficient);
+  if (ce.by_class || ce.coefficient == 0) return;
+  for (int j = 0; j < width<S>; j++)
+    if (first + j >= 0 && first + j < ce.p.classes)
+      grad[j] -= ce.coefficient * ce.kept * ce.probs.at(first + j);
+}

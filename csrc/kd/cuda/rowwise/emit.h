@@ -26,13 +26,17 @@ KD_DEVICE void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
   const Rows &to_s = p.grad_student, &to_t = p.grad_teacher;
   const int64_t at_s = to_s.data ? row_offset(to_s, r.index) + p.first * to_s.class_stride : 0;
   const int64_t at_t = to_t.data ? row_offset(to_t, r.index) + p.teacher_first * to_t.class_stride : 0;
-  const Scalars<S> k = r.k;
+  const auto k = for_sweep(r);
   const S share = S(r.share), factor_s = S(scaling.student), factor_t = S(scaling.teacher);
   const S centre_s = S(r.share * r.centre_s + r.shift_s);
   const S centre_t = S(r.share * r.centre_t + r.shift_t);
-  const S origin_s = r.origin_s(), origin_t = r.origin_t(), ce_scale = ce.wanted ? ce.scale() : S(0);
+  const S origin_s = r.origin_s(), origin_t = r.origin_t();
+  const Exponent<S> plain(exp_rate<S>(1), ce.own.max);
+  const S ce_scale = ce.wanted ? ce.scale() * plain.made_good() : S(0);
+  const S spread = ce.coefficient * ce.spread;
   const bool standardize = p.standardize, slopes = wants_slopes(r) && !standardize;
   const bool teacher_too = to_t.data || slopes;
+  const bool shifted = p.target == Target::decoupled;  // else `alone` has no centre
   const auto away = [](S z, const Side<S>& side, double spread) {
     return z > floor_of<S> ? (z - S(side.mean)) * S(spread) : S(0);
   };
@@ -46,11 +50,12 @@ KD_DEVICE void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
     Class<S> terms[W];
     terms_of<C>(k, chunk, terms);
     for (int j = 0; j < W; j++) {
-      const S s = chunk.s[j], t = chunk.t[j];
+      const S s = at_least(chunk.s[j], floor_of<S>), t = at_least(chunk.t[j], floor_of<S>);
       const Class<S>& c = terms[j];
       if (alone) {
         value += c.value;
-        grad_s[j] = c.student * (share * factor_s) - c.p_s * (centre_s * factor_s);
+        grad_s[j] = fused(c.student, share * factor_s, S(0));  // a product would have its sign apart
+        if (shifted) grad_s[j] -= c.p_s * (centre_s * factor_s);
         continue;
       }
       const S du = c.student * share - c.p_s * centre_s;
@@ -73,10 +78,10 @@ KD_DEVICE void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
         if (chunk.first + j == r.target) grad_s[j] = own_s, grad_t[j] = own_t;
     }
     if (to_s.data) {
-      if (ce.wanted)
-        for (int j = 0; j < W; j++)
-          if (chunk.first + j >= 0 && chunk.first + j < r.classes)
-            grad_s[j] += gradient_of(ce, p.first + chunk.first + j, chunk.s[j], ce_scale);
+      if (ce.wanted) {
+        for (int j = 0; j < W; j++) grad_s[j] += fused(exp_of(plain(chunk.s[j])), ce_scale, -spread);
+        take_labels(ce, p.first + chunk.first, grad_s);
+      }
       write(to_s, at_s, chunk.first, r.classes, chunk.whole && packs_s, grad_s);
     }
     if (!alone && to_t.data) write(to_t, at_t, chunk.first, r.classes, chunk.whole && packs_t, grad_t);

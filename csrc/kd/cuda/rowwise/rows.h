@@ -17,7 +17,7 @@ KD_DEVICE T bits_as(const From& from) {
 KD_DEVICE Pack<uint32_t, 4> padded(Pack<uint32_t, 2> words) {
   return {{words.values[0], words.values[1], 0, 0}};
 }
-// Four logits, from as many words or from two of two halves each; -inf is a number.
+// Four logits, from as many words or from two of two halves each.
 KD_DEVICE void widen(DType dtype, Pack<uint32_t, 4> words, float (&z)[4]) {
   if (dtype == DType::float32) {
     for (int j = 0; j < 4; j++) z[j] = as_number<float>(words.values[j]);
@@ -30,7 +30,6 @@ KD_DEVICE void widen(DType dtype, Pack<uint32_t, 4> words, float (&z)[4]) {
     for (int j = 0; j < 4; j++)
       z[j] = to_float(float16{(uint16_t)(words.values[j / 2] >> 16 * (j % 2))});
   }
-  for (int j = 0; j < 4; j++) z[j] = at_least(z[j], floor_of<float>);
 }
 
 template <class S>

@@ -5,9 +5,9 @@
 // it (slots.h): every logit is read from device memory once and every gradient written once, 6 bytes a
 // class in bf16 and 12 in fp32; with the teacher's gradient 8 and 16. Wide rows that are strided, too
 // wide for the largest cluster, or on a device without clusters, are read twice, 10 bytes in bf16;
-// those of divergences whose gradients are centred, which takes the sums of what the normalisers give,
-// three times, 14 bytes. Calls of Scope::any have no kernel for narrow rows: they read them again from
-// the cache.
+// once more, 4 bytes, for divergences whose gradients are centred, which takes the sums of what the
+// normalisers give, and where the sides are so close that they are compared class by class. Calls of
+// Scope::any have no kernel for narrow rows: they read them again from the cache.
 //
 // The steps are the CPU kernel's, and so is what they come to (kd/rowwise): maxima and sums, for some
 // divergences the sums that centre the gradients, the gradients. Kernels for narrow and for wide rows
@@ -143,7 +143,8 @@ KD_KERNEL(most_threads, at_once(scope, narrow)) void in_single(KD_PARAM RowwiseC
     if (staged) slots.end_row();
     row = slots.next;
   }
-  if (!p.by_row && group.leads()) p.partial[own] = total;
+  // Of `own`, which two registers would have to keep until here.
+  if (!p.by_row && group.leads()) p.partial[row % p.groups] = total;
 }
 
 // Rows that are not marked as inexact have been done.

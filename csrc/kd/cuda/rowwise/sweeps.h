@@ -1,98 +1,179 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sweeps over a row's classes, each by all threads of its group.
 
-// Of a chunk's classes. Two loops, so that the way is chosen once and not both are gone.
+// What exp and its sums are taken of: z at a temperature, less about that of a number that is the
+// maximum, or somewhat less. It is one instruction, of an exponent of 2 in fp32; since the sums and
+// all that is divided by them have the same rounded `bias`, what its rounding takes is made good once
+// for all classes.
 template <class S>
-KD_DEVICE void log_ratios(Scalars<S> k, const Chunk<S>& c, S (&d)[width<S>]) {
-  if (k.subtract_first) {
-    for (int j = 0; j < width<S>; j++) d[j] = log_ratio(k, c.s[j], c.t[j]);
-  } else {
-    for (int j = 0; j < width<S>; j++) d[j] = log_ratio(k, c.s[j], c.t[j]);
+struct Exponent {
+  S rate, about = floor_of<S>;
+  S bias = sizeof(S) == 4 ? S(1e38) : S(1e250);  // about nothing yet: every class is too large
+
+  KD_DEVICE explicit Exponent(S rate) : rate(rate) {}
+  KD_DEVICE Exponent(S rate, S about) : rate(rate) { move(about); }
+  KD_DEVICE S operator()(S z) const { return fused(z, rate, bias); }
+  // What that changes; sums about nothing have no class that counts.
+  KD_DEVICE S move(S to) {
+    if (!(to > floor_of<S>)) return 0;
+    const S from = about > floor_of<S> ? bias : -to * rate;
+    about = to, bias = -to * rate;
+    return bias - from;
   }
-}
+  KD_DEVICE S lost() const { return about > floor_of<S> ? -fused(about, rate, bias) : S(0); }
+  // By which sums are multiplied that have to be about that very number.
+  KD_DEVICE S made_good() const { return exp_parts(lost() * unit<S>).value; }
+};
 
-// The terms of a chunk's classes.
-template <class C, class S>
-KD_DEVICE void terms_of(const Scalars<S>& k, const Chunk<S>& c, Class<S> (&terms)[width<S>]) {
-  S d[width<S>];
-  log_ratios(k, c, d);
-  for (int j = 0; j < width<S>; j++) {
-    const S exp_s = exp_at_rate(c.s[j] - k.max_s, k.rate_s);
-    const S exp_t = exp_at_rate(c.t[j] - k.max_t, k.rate_t);
-    terms[j] = C::terms(k, c.s[j], c.t[j], d[j], exp_s, exp_t);
-  }
-}
+// A row's scalars for the sweeps in fp32.
+struct Centred : Scalars<float> {
+  Exponent<float> student, teacher;
+  float apart, lag;  // of the maxima; of what ratios are taken from, what delta is of centred logits
+  bool close;
 
-// The sums of some classes, about numbers that are their maxima or little less: that those move is
-// rare, and what has been summed moves with them.
-template <class S>
-struct Sums {
-  Scalars<S> k;
-  S slack_s, slack_t;
-  S sum_s = 0, sum_t = 0, excess = 0, plain_s = 0, plain_t = 0;
-  S low = -floor_of<S>, high = floor_of<S>;  // of u_t - u_s
-
-  KD_DEVICE explicit Sums(const Scalars<S>& scalars)
-      : k(scalars), slack_s(8 / at_least(k.inv_ts, S(1))), slack_t(8 / at_least(k.inv_tt, S(1))) {
-    k.max_s = k.max_t = floor_of<S>, k.subtract_first = k.inv_ts == k.inv_tt;
-  }
-
-  KD_DEVICE void move(S max_s, S max_t) {
-    const S fall_s = k.max_s, fall_t = k.max_t;
-    k.max_s = max_s, k.max_t = max_t;
-    k.subtract_first = k.inv_ts == k.inv_tt && magnitude(max_t - max_s) <= 1;
-    const S d = log_ratio(k, fall_s, fall_t);
-    const S by_s = exp_at_rate(fall_s - max_s, k.rate_s), by_t = exp_at_rate(fall_t - max_t, k.rate_t);
-    sum_s *= by_s, sum_t *= by_t;
-    if constexpr (sizeof(S) == 4)  // sums that move apart are not close, and may be subtracted
-      excess = select(is_near(d), by_t * excess + sum_s * (d + d * d * expm1_tail(d)), sum_t - sum_s);
-    plain_s *= exp_at_rate(fall_s - max_s, exp_rate<S>(1));
-    plain_t *= exp_at_rate(fall_t - max_t, exp_rate<S>(1));
-    low += d, high += d;
+  KD_DEVICE Centred(const Scalars<float>& k, bool close)
+      : Scalars<float>(k), student(rate_s, max_s), teacher(rate_t, max_t), apart(max_t - max_s),
+        lag(delta), close(close) {
+    if (!subtract_first && !close) lag -= (teacher.lost() - student.lost()) * unit<float>;
+    delta = 0;  // the ratios have it
+    inv_sum_s *= student.made_good(), inv_sum_t *= teacher.made_good();
   }
 
-  KD_DEVICE void add(const Chunk<S>& c, int plain) {
-    S high_s = c.s[0], high_t = c.t[0];
-    for (int j = 1; j < width<S>; j++) high_s = larger(high_s, c.s[j]), high_t = larger(high_t, c.t[j]);
-    if (high_s - k.max_s > slack_s || high_t - k.max_t > slack_t)
-      move(larger(high_s, k.max_s), larger(high_t, k.max_t));
-    S ratios[width<S>];
-    log_ratios(k, c, ratios);
-    for (int j = 0; j < width<S>; j++) {
-      const S d = ratios[j];
-      const S exp_s = exp_at_rate(c.s[j] - k.max_s, k.rate_s);
-      const S exp_t = exp_at_rate(c.t[j] - k.max_t, k.rate_t);
-      low = smaller(low, d), high = larger(high, d);
-      sum_s += exp_s, sum_t += exp_t;
-      if constexpr (sizeof(S) == 4)
-        excess += select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
+  // Exponents, and log(q / p): as log_ratio has it, but from the exponents where sides that are not
+  // close need no more. Loops, so that the way is chosen once.
+  KD_DEVICE void look(const Chunk<float>& c, float (&s)[4], float (&t)[4], float (&d)[4]) const {
+    for (int j = 0; j < 4; j++) s[j] = student(c.s[j]), t[j] = teacher(c.t[j]);
+    if (subtract_first) {
+      for (int j = 0; j < 4; j++) d[j] = ((c.t[j] - c.s[j]) - apart) * inv_ts - lag;
+    } else if (close) {
+      for (int j = 0; j < 4; j++)
+        d[j] = ((c.t[j] - max_t) * inv_tt - (c.s[j] - max_s) * inv_ts) - lag;
+    } else {
+      for (int j = 0; j < 4; j++) d[j] = (t[j] - s[j]) * unit<float> - lag;
     }
-    if (plain == 0) return;
-    for (int j = 0; j < width<S>; j++) {
-      plain_s += exp_at_rate(c.s[j] - k.max_s, exp_rate<S>(1));
-      if (plain == 2) plain_t += exp_at_rate(c.t[j] - k.max_t, exp_rate<S>(1));
-    }
+    // Of a class that is off on both sides it is NaN, which powers need as 0; of one that is off in
+    // the teacher alone, which only some divergences have in fp32, -inf.
+    for (int j = 0; j < 4; j++)
+      d[j] = Divergence::zero_teacher ? larger(d[j], floor_of<float>) : d[j] == d[j] ? d[j] : 0;
   }
 };
 
+// The terms of a chunk's classes.
+template <class C>
+KD_DEVICE void terms_of(const Centred& k, const Chunk<float>& c, Class<float> (&terms)[4]) {
+  float s[4], t[4], d[4];
+  k.look(c, s, t, d);
+  for (int j = 0; j < 4; j++)
+    terms[j] = C::terms(k, at_least(c.s[j], floor_of<float>), c.t[j], d[j], exp_of(s[j]), exp_of(t[j]));
+}
+template <class C>
+KD_DEVICE void terms_of(const Scalars<double>& k, const Chunk<double>& c, Class<double> (&terms)[1]) {
+  const double exp_s = exp_at_rate(c.s[0] - k.max_s, k.rate_s);
+  const double exp_t = exp_at_rate(c.t[0] - k.max_t, k.rate_t);
+  terms[0] = C::terms(k, c.s[0], c.t[0], log_ratio(k, c.s[0], c.t[0]), exp_s, exp_t);
+}
+KD_DEVICE Centred for_sweep(const Row<float>& r) { return Centred(r.k, r.close); }
+KD_DEVICE const Scalars<double>& for_sweep(const Row<double>& r) { return r.k; }
+
+// The sums of some classes. That what they are about has to move, since they grow large, is rare, and
+// what has been summed moves with it.
+template <class S>
+struct Sums {
+  static constexpr S large = 8192;  // well above one class for each that a thread has
+  int plain;    // how many sums are wanted at temperature 1
+  bool lowest;  // whether `low` is
+  Exponent<S> student, teacher, plain_student, plain_teacher;
+  S sum_s = 0, sum_t = 0, distance = 0, plain_s = 0, plain_t = 0;
+  S low = -floor_of<S>, high = floor_of<S>;  // of the exponents' differences
+
+  KD_DEVICE Sums(const Row<S>& r, int plain)
+      : plain(plain), lowest(sizeof(S) == 8 || !Divergence::zero_teacher || r.p.grad_teacher.data),
+        student(r.k.rate_s), teacher(r.k.rate_t), plain_student(exp_rate<S>(1)),
+        plain_teacher(exp_rate<S>(1)) {}
+
+  KD_DEVICE void move(S to_s, S to_t) {
+    const S by_s = student.move(to_s), by_t = teacher.move(to_t);
+    const S times_s = exp_of(by_s), times_t = exp_of(by_t);
+    low += by_t - by_s, high += by_t - by_s;
+    distance = distance * times_t + sum_s * magnitude(times_t - times_s);
+    sum_s *= times_s, sum_t *= times_t;
+    plain_s *= exp_of(plain_student.move(to_s)), plain_t *= exp_of(plain_teacher.move(to_t));
+  }
+  // The sums with a chunk; of all of them.
+  KD_DEVICE S take(const Chunk<S>& c) {
+    for (int j = 0; j < width<S>; j++) {
+      const S s = student(c.s[j]), t = teacher(c.t[j]), exp_s = exp_of(s), exp_t = exp_of(t);
+      const bool off = sizeof(S) == 8 && c.s[j] + c.t[j] <= 2 * floor_of<S>;  // in fp32 that is NaN
+      const S d = off ? S(0) : t - s;
+      sum_s += exp_s, sum_t += exp_t;
+      distance += magnitude(exp_t - exp_s);
+      high = larger(high, d);
+      if (lowest) low = smaller(low, d);
+    }
+    S all = sum_s + sum_t;
+    for (int j = 0; plain > 0 && j < width<S>; j++) plain_s += exp_of(plain_student(c.s[j]));
+    for (int j = 0; plain > 1 && j < width<S>; j++) plain_t += exp_of(plain_teacher(c.t[j]));
+    if (plain > 0) all += plain_s + plain_t;
+    return all;
+  }
+  KD_DEVICE void add(const Chunk<S>& c) {
+    Sums next(*this);
+    if (!(next.take(c) < large)) {
+      S to_s = student.about, to_t = teacher.about;
+      for (int j = 0; j < width<S>; j++) to_s = larger(to_s, c.s[j]), to_t = larger(to_t, c.t[j]);
+      move(to_s, to_t);
+      next = *this;
+      next.take(c);
+    }
+    *this = next;
+  }
+};
+
+// sum exp(u_t) - exp(u_s), where the sums are so close that their difference is but their rounding.
+KD_DEVICE double compare(const Row<float>& r) {
+  Scalars<float> scalars = r.k;
+  scalars.delta = 0, scalars.inv_sum_s = scalars.inv_sum_t = 1;
+  const Centred k(scalars, true);
+  float excess = 0;
+  for_chunks<false>(r, [&](const Chunk<float>& c) {
+    float s[4], t[4], ratios[4];
+    k.look(c, s, t, ratios);
+    for (int j = 0; j < 4; j++) {
+      const float d = ratios[j], exp_s = exp_of(s[j]) * k.inv_sum_s, exp_t = exp_of(t[j]) * k.inv_sum_t;
+      excess += select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
+    }
+  });
+  double sum[1] = {excess};
+  r.group.all_reduce<1, 0>(sum);
+  return sum[0];
+}
+
 template <class S>
 KD_DEVICE void measure(Row<S>& r, int plain) {
-  Sums<S> own(r.k);
-  for_chunks<false>(r, [&](const Chunk<S>& c) { own.add(c, plain); });
-  double highest[2] = {own.k.max_s, own.k.max_t};
+  Sums<S> own(r, plain);
+  for_chunks<false>(r, [&](const Chunk<S>& c) { own.add(c); });
+  double highest[2] = {own.student.about, own.teacher.about};
   r.group.template all_reduce<0, 2>(highest);
   own.move((S)highest[0], (S)highest[1]);
-  r.k.max_s = own.k.max_s, r.k.max_t = own.k.max_t, r.k.subtract_first = own.k.subtract_first;
-  double sums[7] = {own.sum_s, own.sum_t, own.excess, own.plain_s, own.plain_t, -own.low, own.high};
+  r.k.max_s = own.student.about, r.k.max_t = own.teacher.about;
+  r.k.subtract_first = r.k.inv_ts == r.k.inv_tt && magnitude(r.k.max_t - r.k.max_s) <= 1;
+  double sums[7] = {own.sum_s, own.sum_t, own.distance, own.plain_s, own.plain_t, -own.low, own.high};
   r.group.template all_reduce<5, 2>(sums);
-  r.sum_s = sums[0], r.sum_t = sums[1], r.excess = sums[2];
-  r.plain_s = sums[3], r.plain_t = sums[4];
-  r.lowest = (S)-sums[5], r.highest = (S)sums[6];
+  // A side without a class that counts has nothing to be divided by.
+  r.sum_s = r.k.max_s > floor_of<S> ? sums[0] * own.student.made_good() : 1;
+  r.sum_t = r.k.max_t > floor_of<S> ? sums[1] * own.teacher.made_good() : 1;
+  r.plain_s = sums[3] * own.plain_student.made_good();
+  r.plain_t = sums[4] * own.plain_teacher.made_good();
+  r.lowest = (S)-sums[5] * unit<S>, r.highest = (S)sums[6] * unit<S>;
+  if constexpr (sizeof(S) == 4) {
+    r.close = sums[2] < sums[0] / 4;
+    r.excess = r.close ? compare(r) : r.sum_t - r.sum_s;
+  }
 }
 
 template <class C, class S>
 KD_DEVICE void reduce(Row<S>& r) {
-  const Scalars<S> k = r.k;
+  const auto k = for_sweep(r);
   const S origin_s = r.origin_s(), origin_t = r.origin_t();
   const bool slopes = wants_slopes(r) || r.p.standardize;
   S value = 0, student = 0, teacher = 0, p_s = 0, p_t = 0;
@@ -101,7 +182,7 @@ KD_DEVICE void reduce(Row<S>& r) {
     Class<S> terms[width<S>];
     terms_of<C>(k, chunk, terms);
     for (int j = 0; j < width<S>; j++) {
-      const S s = chunk.s[j], t = chunk.t[j];
+      const S s = at_least(chunk.s[j], floor_of<S>), t = at_least(chunk.t[j], floor_of<S>);
       const Class<S>& c = terms[j];
       value += c.value, student += c.student, teacher += c.teacher;
       p_s += c.p_s, p_t += c.p_t;
