@@ -13,7 +13,7 @@ using namespace kd::torch_binding;
 using Pair = std::tuple<Tensor, Tensor, Tensor>;
 
 const auto parallel = [](int64_t tasks, int64_t work, const auto& f) {
-  constexpr int64_t grain = 1 << 19;  // multiplications: 10 us, beside which a thread's start is small
+  constexpr int64_t grain = 1 << 21;  // multiplications: steps of less are over before threads meet
   torch::stable::parallel_for(0, tasks, grain / std::max<int64_t>(work, 1) + 1, f);
 };
 
