@@ -159,3 +159,11 @@ def test_a_foreign_file_is_not_loaded(tmp_path):
     torch.save({"step": pytest.raises}, path)
     with pytest.raises(InputError, match="damaged checkpoint"):
         checkpoint.load_state(path)
+
+
+def test_a_checkpoint_without_a_part_is_named(tmp_path):
+    fabric, network = Fabric(accelerator="cpu", devices=1), torch.nn.Linear(2, 2)
+    path = tmp_path / "checkpoint.pt"
+    save(path, State(), {"student": network}, fabric)
+    with pytest.raises(InputError, match=r"checkpoint\.pt: a checkpoint without 'loader'"):
+        restore(path, {"student": network, "loader": network}, fabric)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from kdkernels.train import checkpoint
 from kdkernels.train.devices import on_first
+from kdkernels.train.errors import InputError
 
 
 @dataclass
@@ -44,6 +45,11 @@ def save(path: Path, state: State, parts: Mapping[str, Any], fabric: Fabric) -> 
 def restore(path: Path, parts: Mapping[str, Any], fabric: Fabric) -> State:
     """Put back what :func:`save` saved."""
     content = checkpoint.load_state(path)
+    if missing := [name for name in parts if name not in content]:
+        raise InputError(
+            f"{path}: a checkpoint without {missing[0]!r}, as of another version; begin anew in "
+            "another folder"
+        )
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             load_weights(part, content[name])
