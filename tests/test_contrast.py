@@ -24,6 +24,8 @@ CRD = LOSSES["crd_loss"]
 backends = pytest.mark.parametrize("backend", [b for b in CRD.backends() if b != "triton"])
 # No whole vector of columns, several tiles of the bank, and a bank of which few rows are wanted.
 SHAPES = [(3, 3, 5, 4), (5, 7, 100, 40), (4, 130, 300, 290), (2, 128, 150, 2000)]
+# Of more batches, and of more tiles, than the CPU's kernel gathers before it adds them in double.
+SHAPES += [(2, 5, 3000, 4000), (6, 130, 1700, 1600)]
 
 
 def leaf_inputs(*shape, **options):
@@ -139,6 +141,13 @@ def test_negatives_are_of_other_classes_and_distinct(backend):
     index = torch.randint(200, (64,), generator=generator)
     drawn = kd.sample_negatives(labels, index, 100, generator=generator, backend=backend)
     assert drawn.shape == (64, 100) and drawn.dtype == torch.int64
+    generator.manual_seed(0)
+    for size in ((200,), (64,)):
+        torch.randint(5, size, generator=generator)
+    narrow = kd.sample_negatives(
+        labels, index, 100, generator=generator, dtype=torch.int32, backend=backend
+    )
+    assert narrow.dtype == torch.int32 and torch.equal(narrow.long(), drawn)
     assert (labels[drawn] != labels[index].unsqueeze(1)).all()
     assert all(len(row.unique()) == 100 for row in drawn)
 
@@ -189,14 +198,19 @@ def test_negatives_are_the_same_however_found(monkeypatch, count, n, backend):
 
 
 @pytest.mark.skipif("cpu" not in CRD.backends(), reason="no compiled kernels")
-def test_the_order_of_negatives_is_of_no_matter():
-    """Ascending ones, as they are drawn, need no sort; others do, and have gradients alike."""
-    for shape in SHAPES:
-        inputs = leaf_inputs(*shape)
-        ascending = inputs | {"negatives": inputs["negatives"].sort().values}
-        values = [CRD(given, backend="cpu") for given in (inputs, ascending)]
-        torch.testing.assert_close(*values)
-        torch.testing.assert_close(*(gradients(value, inputs) for value in values))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_order_and_width_of_negatives_are_of_no_matter(shape):
+    """Ascending int32, as they are drawn, is read where it lies; others are sorted or widened."""
+    inputs = leaf_inputs(*shape)
+    plain, exact = leaves(inputs), leaves(inputs, torch.float64)
+    eager, oracle = crd_published(**plain), CRD(exact, backend="reference")
+    yardsticks, wanted = gradients(eager, plain), gradients(oracle, exact)
+    negatives = inputs["negatives"]
+    for given in (negatives.int(), negatives.sort().values, negatives.sort().values.int()):
+        value = CRD(inputs | {"negatives": given}, backend="cpu")
+        assert_close_to_oracle(value, eager, oracle)
+        for name, found in gradients(value, inputs).items():
+            assert_close_to_oracle(found, yardsticks[name], wanted[name], name)
 
 
 def test_generator_makes_negatives_reproducible():
@@ -353,6 +367,8 @@ def test_bad_arguments(backend):
         kd.sample_negatives(torch.arange(4), torch.tensor([4]), 2)
     with pytest.raises(ValueError, match="num_negatives must be at least 1"):
         kd.sample_negatives(torch.arange(4), torch.tensor([1]), 0)
+    with pytest.raises(TypeError, match="sample_negatives: dtype must be"):
+        kd.sample_negatives(torch.arange(4), torch.tensor([1]), 2, dtype=torch.int16)
     with pytest.raises(RuntimeError, match="sample_negatives: backend 'triton' cannot run"):
         kd.sample_negatives(torch.arange(4), torch.tensor([1]), 2, backend="triton")
 

@@ -19,23 +19,22 @@ struct CrdSide {
   void* grad = nullptr;          // (B, D) or null
 };
 
-// Rows are scored in groups of so many, of which the last reads past a sample's negatives.
-constexpr int64_t crd_spare = 8;
-
 struct CrdParams : CrdNumbers {
   int64_t samples = 0, dim = 0, negatives = 0, bank_rows = 0;
   bool in_double = false;
   double factor = 1;                 // of the loss, and so of the gradients
   CrdSide side[2];                   // the student's, the teacher's
   const int64_t* index = nullptr;    // (B,)
-  const int64_t* negative = nullptr; // (B, K)
+  const void* negative = nullptr;    // (B, K) of int64_t, or of int32_t where they are
+  bool narrow = false;               // so
   int64_t negative_stride = 0;       // between samples
 
-  int32_t* sorted = nullptr;         // (B, K + spare): scratch, the negatives by tile of the bank
+  int32_t* sorted = nullptr;         // (B, K): scratch, negatives by tile of the bank
   int32_t* starts = nullptr;         // (B, tiles + 1): scratch, where each tile's begin
-  double* sums = nullptr;            // (B, padded D): scratch
+  void* part = nullptr;              // (B, padded D): scratch of the type accumulated in
+  double* sums = nullptr;            // (B, padded D + a line): scratch
   double* loss = nullptr;            // (2, B), without `factor`
-  uint8_t* fault = nullptr;          // (B,): 1 where an index is not in the bank
+  const int32_t** chosen = nullptr;  // (B,): the negatives by tile, null where one is no row
 };
 
 // Samples of other classes than each sample's own, of a data set of `rows` samples.
@@ -46,7 +45,7 @@ struct NegativesParams {
   const int32_t* place = nullptr;     // (n,) of each sample in that order
   const int64_t* index = nullptr;     // (B,)
   const int64_t* begin = nullptr;     // (B,) the first place of which one is taken
-  int64_t* drawn = nullptr;           // (B, K)
+  int32_t* drawn = nullptr;           // (B, K)
   uint8_t* fault = nullptr;           // (B,): 1 where no other class is there
 };
 
@@ -74,7 +73,9 @@ static inline int64_t crd_tiles(const CrdParams& p) {
   return ((p.bank_rows - 1) >> crd_tile_bits(p)) + 1;
 }
 
-// Columns of `sums`: whole vectors of any level.
+// Columns of `part`: whole vectors of any level. In `sums` the loss is behind them, in a cache line
+// that a sample of another thread has no part in.
 static inline int64_t crd_padded(const CrdParams& p) { return (p.dim + 15) / 16 * 16; }
+static inline int64_t crd_sums(const CrdParams& p) { return crd_padded(p) + 8; }
 
 }  // namespace kd

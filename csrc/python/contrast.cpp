@@ -5,7 +5,7 @@ namespace kd::python {
 namespace {
 
 // The loss; gradients, None or like the embeddings (B, D), are filled. Embeddings and banks are of
-// one dtype and contiguous, as are index (B,) and negatives (B, K) of int64.
+// one dtype and contiguous, as are index (B,) of int64 and negatives (B, K) of it or of int32.
 double crd(const py::array& student, const py::array& teacher, const py::array& student_bank,
            const py::array& teacher_bank, std::vector<double> normalizer, const py::array& index,
            const py::array& negatives, double factor, std::vector<double> numbers,
@@ -25,21 +25,23 @@ double crd(const py::array& student, const py::array& teacher, const py::array& 
     if (!grads[k]->is_none()) p.side[k].grad = grads[k]->cast<py::array>().mutable_data();
   }
   p.index = static_cast<const int64_t*>(index.data());
-  p.negative = static_cast<const int64_t*>(negatives.data());
+  p.negative = negatives.data();
+  p.narrow = negatives.itemsize() == sizeof(int32_t);
   p.negative_stride = p.negatives;
-  std::vector<int32_t> sorted(p.samples * (p.negatives + kd::crd_spare));
+  std::vector<int32_t> sorted(p.samples * p.negatives);
   std::vector<int32_t> starts(p.samples * (kd::crd_tiles(p) + 1));
-  std::vector<double> sums(p.samples * kd::crd_padded(p)), losses(2 * p.samples);
-  std::vector<uint8_t> fault(p.samples);
-  p.sorted = sorted.data(), p.starts = starts.data(), p.sums = sums.data();
-  p.loss = losses.data(), p.fault = fault.data();
+  std::vector<double> part(p.samples * kd::crd_padded(p)), sums(p.samples * kd::crd_sums(p));
+  std::vector<double> losses(2 * p.samples);
+  std::vector<const int32_t*> chosen(p.samples);
+  p.sorted = sorted.data(), p.starts = starts.data(), p.part = part.data(), p.sums = sums.data();
+  p.loss = losses.data(), p.chosen = chosen.data();
   {
     py::gil_scoped_release release;
     split_tasks(p.samples, threads, [&](int64_t a, int64_t b) { kd::kernels().crd(p, a, b); });
   }
   double loss = 0;
   for (int64_t i = 0; i < p.samples; i++) {
-    if (fault[i])
+    if (!chosen[i])
       throw py::value_error("index and negatives must be in [0, " + std::to_string(p.bank_rows) +
                             "), those of sample " + std::to_string(i) + " are not.");
     loss += losses[i] + losses[p.samples + i];
@@ -47,8 +49,8 @@ double crd(const py::array& student, const py::array& teacher, const py::array& 
   return factor * loss;
 }
 
-// Fills `drawn` (B, K). All are contiguous int64: labels and a permutation (n,), index and places in
-// the permutation to begin at (B,).
+// Fills `drawn` (B, K) of int32. All are contiguous, the others int64: labels and a permutation (n,),
+// index and places in the permutation to begin at (B,).
 void sample_negatives(const py::array& labels, const py::array& index, const py::array& shuffle,
                       const py::array& begin, py::array drawn, int threads) {
   kd::NegativesParams p;
@@ -60,7 +62,7 @@ void sample_negatives(const py::array& labels, const py::array& index, const py:
   p.labels = static_cast<const int64_t*>(labels.data());
   p.index = static_cast<const int64_t*>(index.data());
   p.begin = static_cast<const int64_t*>(begin.data());
-  p.drawn = static_cast<int64_t*>(drawn.mutable_data());
+  p.drawn = static_cast<int32_t*>(drawn.mutable_data());
   p.shuffled = shuffled.data(), p.place = place.data(), p.fault = fault.data();
   const int64_t* const order = static_cast<const int64_t*>(shuffle.data());
   {

@@ -34,25 +34,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> crd(
     p.side[k].grad = gradients[k].mutable_data_ptr();
   }
   p.index = static_cast<const int64_t*>(index.const_data_ptr());
-  p.negative = static_cast<const int64_t*>(negatives.const_data_ptr());
+  p.negative = negatives.const_data_ptr();
+  p.narrow = negatives.scalar_type() == ScalarType::Int;
   p.negative_stride = negatives.stride(0);
 
-  const Tensor sorted = contiguous({p.samples, p.negatives + kd::crd_spare}, ScalarType::Int);
+  const Tensor sorted = contiguous({p.samples, p.negatives}, ScalarType::Int);
   const Tensor starts = contiguous({p.samples, kd::crd_tiles(p) + 1}, ScalarType::Int);
-  const Tensor sums = contiguous({p.samples, kd::crd_padded(p)}, ScalarType::Double);
+  const Tensor part = contiguous({p.samples, kd::crd_padded(p)}, dtype);
+  const Tensor sums = contiguous({p.samples, kd::crd_sums(p)}, ScalarType::Double);
   p.sorted = static_cast<int32_t*>(sorted.mutable_data_ptr());
   p.starts = static_cast<int32_t*>(starts.mutable_data_ptr());
+  p.part = part.mutable_data_ptr();
   p.sums = static_cast<double*>(sums.mutable_data_ptr());
   std::vector<double> loss(2 * p.samples);
-  std::vector<uint8_t> fault(p.samples);
-  p.loss = loss.data(), p.fault = fault.data();
+  std::vector<const int32_t*> chosen(p.samples);
+  p.loss = loss.data(), p.chosen = chosen.data();
 
   const auto& kernel = kd::kernels().crd;
   torch::stable::parallel_for(0, p.samples, kd::rows_per_task(p.dim * (p.negatives + 1)),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   double total = 0;
   for (int64_t i = 0; i < p.samples; i++) {
-    STD_TORCH_CHECK(!fault[i], "index and negatives must be in [0, ", p.bank_rows,
+    STD_TORCH_CHECK(chosen[i], "index and negatives must be in [0, ", p.bank_rows,
                     "), those of sample ", i, " are not.");
     total += loss[i] + loss[p.samples + i];
   }
@@ -67,14 +70,14 @@ Tensor sample_negatives(Tensor labels, Tensor index, Tensor shuffle, Tensor begi
   const int64_t samples = index.size(0);
   const Tensor shuffled = contiguous({2, p.rows}, ScalarType::Long);
   const Tensor place = contiguous({p.rows}, ScalarType::Int);
-  Tensor drawn = contiguous({samples, count}, ScalarType::Long);
+  Tensor drawn = contiguous({samples, count}, ScalarType::Int);
   std::vector<uint8_t> fault(samples);
   p.labels = static_cast<const int64_t*>(labels.const_data_ptr());
   p.shuffled = static_cast<const int64_t*>(shuffled.const_data_ptr());
   p.place = static_cast<const int32_t*>(place.const_data_ptr());
   p.index = static_cast<const int64_t*>(index.const_data_ptr());
   p.begin = static_cast<const int64_t*>(begin.const_data_ptr());
-  p.drawn = static_cast<int64_t*>(drawn.mutable_data_ptr());
+  p.drawn = static_cast<int32_t*>(drawn.mutable_data_ptr());
   p.fault = fault.data();
   kd::crd_shuffle(p, static_cast<const int64_t*>(shuffle.const_data_ptr()),
                   static_cast<int64_t*>(shuffled.mutable_data_ptr()),

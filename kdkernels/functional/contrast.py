@@ -87,6 +87,8 @@ def crd_loss(
     # The compiled kernel looks at every index itself.
     read = backend != "cpu" or normalizer is None
     index, negatives = _prepare(name, student, student_bank, teacher_bank, index, negatives, read)
+    if backend != "cpu":  # whose kernel reads int32, too
+        negatives = negatives.long()
     student, teacher = _anchors(student, teacher, student_bank, teacher_bank, normalize)
     dtype = student.dtype
     if normalizer is None:
@@ -148,6 +150,7 @@ def crd_normalizer(
     index, negatives = _prepare(
         name, student, student_bank, teacher_bank, index, negatives, read=True
     )
+    negatives = negatives.long()
     student, teacher = _anchors(student, teacher, student_bank, teacher_bank, normalize)
     return _normalizer(
         student, teacher, student_bank, teacher_bank, index, negatives, temperature, group
@@ -161,6 +164,7 @@ def sample_negatives(
     num_negatives: int,
     *,
     generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.int64,
     backend: str = "auto",
 ) -> Tensor:
     """``num_negatives`` samples of other classes (B, K) for each of the samples ``index`` (B,).
@@ -170,15 +174,18 @@ def sample_negatives(
     times, rounded up or down. The rows of one call are windows of one shuffle of the data set: each
     by itself is random, but they are not independent of each other.
 
-    ``generator`` (on the labels' device) makes it reproducible; the order within a row is the
+    ``generator`` (on the labels' device) makes it reproducible. ``dtype`` is int64 or int32, in
+    which the CPU's kernels write and read them without a conversion. The order within a row is the
     backend's (``"auto"``, ``"reference"`` or ``"cpu"``). The host does not wait for a GPU. Raises
     ``ValueError`` where all samples are of one class.
     """
     name = "sample_negatives"
-    labels = _integers(name, "labels", labels, 1)
-    index = _integers(name, "index", index, 1)
+    labels = _integers(name, "labels", labels, 1).long()
+    index = _integers(name, "index", index, 1).long()
     if checks.integer(name, "num_negatives", num_negatives) < 1:
         raise ValueError(f"{name}: num_negatives must be at least 1, got {num_negatives}.")
+    if dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: dtype must be torch.int64 or torch.int32, got {dtype}.")
     checks.same_device(name, "index", index, labels)
     n, device = len(labels), labels.device
     checks.indices(name, "index", index, n)
@@ -190,10 +197,16 @@ def sample_negatives(
     if backend == "cpu":
         given = (labels.contiguous(), index.contiguous(), shuffle, begin, num_negatives)
         try:
-            return torch.ops.kdkernels.sample_negatives(*given)
+            return torch.ops.kdkernels.sample_negatives(*given).to(dtype)
         except RuntimeError as error:
             checks.raise_for_labels(name, error)
             raise
+    return _windows(name, labels, index, shuffle, begin, num_negatives).to(dtype)
+
+
+def _windows(name, labels, index, shuffle, begin, count) -> Tensor:
+    """``count`` samples of other classes for each of ``index``, in their order in the shuffle."""
+    n, device = len(labels), labels.device
     # The places of each class in the shuffle, one class after another.
     classes, place = labels[shuffle].sort(stable=True)
     own = labels[index]
@@ -203,7 +216,7 @@ def sample_negatives(
         raise ValueError(f"{name}: labels must be of more than one class.")
     others = others.clamp(min=1)
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        return _walk(shuffle, labels[shuffle], own, begin, others, num_negatives)
+        return _walk(shuffle, labels[shuffle], own, begin, others, count)
     # The j-th sample of another class stands in the shuffle behind j of these and behind the t
     # members of the own class whose place less their number before is at most j.
     number, first = torch.arange(n, device=device), first.unsqueeze(1)
@@ -211,7 +224,7 @@ def sample_negatives(
     places = begins * (n + 1) + place
     begin = begin.unsqueeze(1)
     passed = begin - (torch.searchsorted(places, first * (n + 1) + begin) - first)
-    j = (passed + torch.arange(num_negatives, device=device)) % others.unsqueeze(1)
+    j = (passed + torch.arange(count, device=device)) % others.unsqueeze(1)
     keys = places - (number - begins)
     return shuffle[j + torch.searchsorted(keys, first * (n + 1) + j, right=True) - first]
 
@@ -248,11 +261,11 @@ def _integers(name, argument, value, dims) -> Tensor:
     if value.dim() != dims:
         shape = "(n,)" if dims == 1 else "(B, K)"
         raise ValueError(f"{name}: {argument} must have shape {shape}, got {tuple(value.shape)}.")
-    return value.to(torch.int64)
+    return value
 
 
 def _prepare(name, student, student_bank, teacher_bank, index, negatives, read):
-    """Check banks and indices, the latter's values where ``read``; int64."""
+    """Check banks and indices, the latter's values where ``read``; int64, negatives or int32."""
     for argument, bank in (("student_bank", student_bank), ("teacher_bank", teacher_bank)):
         checks.floats(name, argument, bank)
         if bank.dtype not in (torch.float32, torch.float64):
@@ -270,8 +283,10 @@ def _prepare(name, student, student_bank, teacher_bank, index, negatives, read):
         raise ValueError(
             f"{name}: teacher_bank must have the student_bank's {n} rows, got {len(teacher_bank)}."
         )
-    index = _integers(name, "index", index, 1)
+    index = _integers(name, "index", index, 1).long()
     negatives = _integers(name, "negatives", negatives, 2)
+    if negatives.dtype != torch.int32:
+        negatives = negatives.long()
     for argument, value in (("index", index), ("negatives", negatives)):
         if len(value) != len(student) or (value.dim() > 1 and not value.shape[1]):
             raise ValueError(
@@ -329,6 +344,8 @@ def _update(student, teacher, student_bank, teacher_bank, index, momentum, group
     index, order = index.sort(stable=True)
     # Every occurrence writes what the last one does: the result depends on no order of writes.
     last = order[torch.searchsorted(index, index, right=True) - 1]
-    for bank, anchors in ((student_bank, student), (teacher_bank, teacher)):
-        moved = momentum * bank[index] + (1 - momentum) * anchors[last]
-        bank.index_copy_(0, index, unit_rows(moved).to(bank.dtype))
+    banks, anchors = (student_bank, teacher_bank), torch.stack([student, teacher])
+    kept = torch.stack([bank[index].to(anchors.dtype) for bank in banks])
+    moved = unit_rows(momentum * kept + (1 - momentum) * anchors[:, last])
+    for bank, rows in zip(banks, moved, strict=True):
+        bank.index_copy_(0, index, rows.to(bank.dtype))

@@ -125,6 +125,7 @@ class CRDLoss(nn.Module):
                 index,
                 self.num_negatives,
                 generator=self.generator,
+                dtype=torch.int32 if index.device.type == "cpu" else torch.int64,
                 backend="reference" if self.backend == "reference" else "auto",
             )
         samples = (self.student_bank, self.teacher_bank, index, negatives)

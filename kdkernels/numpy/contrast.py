@@ -103,10 +103,10 @@ def sample_negatives(
         raise ValueError(f"{name}: index must be in [0, {n}).")
     random = random or np.random.default_rng()
     shuffle, begin = random.permutation(n), random.integers(0, max(n, 1), len(index))
-    drawn = np.empty((len(index), num_negatives), np.int64)
+    drawn = np.empty((len(index), num_negatives), np.int32)
     given = [np.require(x, np.int64, "CA") for x in (labels, index, shuffle, begin)]
     try:
         arrays.native(name).sample_negatives(*given, drawn, threads)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return drawn
+    return drawn.astype(np.int64)

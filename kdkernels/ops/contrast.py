@@ -3,11 +3,12 @@
 
 ``kdkernels::crd``: ``student`` and ``teacher`` (B, D) and both banks (n, D) are of the dtype that
 is accumulated in; ``normalizer`` (2,) are the Z of the student's and of the teacher's scores;
-``index`` (B,) and ``negatives`` (B, K) are int64, the latter's rows contiguous.
+``index`` (B,) and ``negatives`` (B, K) are int64, on CPUs the latter also int32, with contiguous
+rows.
 
-``kdkernels::sample_negatives``: ``count`` samples of other classes for each of ``index`` (B,), in
-ascending order; ``labels`` and a permutation ``shuffle`` (n,), of which each takes a window that
-begins at ``begin`` (B,). All are int64 and contiguous. On CPUs alone.
+``kdkernels::sample_negatives``: ``count`` samples of other classes for each of ``index`` (B,), of
+int32 and in ascending order; ``labels`` and a permutation ``shuffle`` (n,), of which each takes a
+window that begins at ``begin`` (B,). These are int64 and contiguous. On CPUs alone.
 """
 
 from __future__ import annotations
@@ -37,4 +38,4 @@ torch.library.define(
 
 @torch.library.register_fake(f"{NAMESPACE}::sample_negatives")
 def _(labels, index, shuffle, begin, count):
-    return index.new_empty(len(index), count)
+    return index.new_empty(len(index), count, dtype=torch.int32)

@@ -25,10 +25,10 @@ namespace KD_ISA {
 #include "../sweep.h"
 #include "negatives.h"
 
-constexpr int batch = 32;  // rows scored before their probabilities are found
-constexpr int group = 8;   // rows scored at once: independent sums hide the latency of additions
-constexpr int line = 64;   // bytes
-static_assert(group == crd_spare);
+constexpr int batch = 32;    // rows scored before their probabilities are found
+constexpr int group = 8;     // rows scored at once: independent sums hide the latency of additions
+constexpr int drained = 32;  // batches whose sums are gathered before they are added in double
+constexpr int line = 64;     // bytes
 
 // Of a and b, seen as parts of so many lanes, the sums of either half of each part.
 template <int part, class V>
@@ -69,7 +69,7 @@ template <int n> struct Vectors { static constexpr int count = n; };
 // to += the sum of weight[r] times row id[r] over a batch, of `vectors` vectors at column d.
 template <int vectors, class S, class W>
 KD_FN void add_columns(const S* bank, const int32_t* id, const S* weight, int rows, int64_t dim,
-                       int64_t d, W w, double* to) {
+                       int64_t d, W w, S* to) {
   using V = typename VectorOf<S>::V;
   constexpr int width = Lanes<V>::count;
   V sums[vectors] = {};
@@ -78,10 +78,27 @@ KD_FN void add_columns(const S* bank, const int32_t* id, const S* weight, int ro
     const S* const row = bank + dim * id[r] + d;
     for (int j = 0; j < vectors; j++) sums[j] += c * read<V>(row + j * width, w, S(0));
   }
-  S found[vectors * width];
-  for (int j = 0; j < vectors; j++) store(found + j * width, sums[j]);
-  for (int i = 0; i < vectors * width; i++) to[d + i] += found[i];
+  for (int j = 0; j < vectors; j++) {
+    S* const at = to + d + j * width;
+    store(at, load<V>(at) + sums[j]);
+  }
 }
+
+// What is found for a sample. Sums of some batches are gathered in S, and these in double.
+template <class S>
+struct Sample {
+  const S* anchor = nullptr;
+  int64_t columns = 0;  // of `part` and `sums`
+  S* part = nullptr;
+  double *sums = nullptr, *loss = nullptr;
+
+  KD_FN void drain() const {
+    for (int64_t d = 0; d < columns; d++) {
+      sums[d] += part[d];
+      part[d] = 0;
+    }
+  }
+};
 
 // One bank's rows, asked for by one sample after another.
 template <class S>
@@ -90,11 +107,23 @@ struct Side {
   static constexpr int width = Lanes<V>::count;
 
   struct Batch {
-    const int32_t* id = nullptr;
+    alignas(64) int32_t id[batch + group] = {};
     int rows = 0;
     S sign = 0;
-    double *sums = nullptr, *loss = nullptr;  // of the sample
+    Sample<S> of;
+    bool drains = false;  // the sample, behind it
     alignas(64) S weight[batch + width] = {};  // a score before
+
+    // The first of some rows, filled up with one of them to whole groups: copied, because a group
+    // that went on into the next tile would wait for rows that are not in L1.
+    KD_FN void take(const int32_t* from, int64_t n) {
+      rows = n < batch ? (int)n : batch;
+      const auto copy = [&](int r) { __builtin_memcpy(id + r, from + r, group * sizeof *id); };
+      for (int r = 0; r + group <= rows; r += group) copy(r);
+      if (rows >= group) copy(rows - group);
+      else for (int r = 0; r < rows; r++) id[r] = from[r];
+      for (int r = 0; r < group; r++) id[rows + r] = from[0];
+    }
   };
 
   const S* const bank;
@@ -104,19 +133,20 @@ struct Side {
   Batch batches[3] = {};     // to be scored, weighed, added
   int turn = 0;
 
-  // To the sample's loss and the sums of its gradient, the rows `id`, behind which there are
-  // group - 1 more to be read: as negatives, c / (P + c), where sign is 1, as positives,
-  // P / (P + c), where it is -1. Both are sigmoids, of u = score / temperature - log(c Z) or its
-  // negative.
-  void ask(const S* v, const int32_t* id, int64_t n, S sign, double* sums, double* loss) {
+  // To the sample's loss and the sums of its gradient, the rows `id`, of its visit of this number:
+  // as negatives, c / (P + c), where sign is 1, as positives, P / (P + c), where it is -1. Both are
+  // sigmoids, of u = score / temperature - log(c Z) or its negative.
+  void ask(const Sample<S>& sample, const int32_t* id, int64_t n, S sign, int64_t visit) {
     for (int64_t first = 0; first < n; first += batch) {
       Batch& now = batches[turn];
-      now.id = id + first, now.sign = sign, now.sums = sums, now.loss = loss;
-      now.rows = n - first < batch ? (int)(n - first) : batch;
+      now.take(id + first, n - first);
+      now.of = sample, now.sign = sign;
+      now.drains = (visit + first / batch) % drained == drained - 1;
       for (int64_t k = first + batch; far && k < first + 2 * batch && k < n; k++)
         for (int d = 0; d < dim; d += line / sizeof(S))
           __builtin_prefetch(bank + dim * id[k] + d);
-      for (int r = 0; r < now.rows; r += group) dots(bank, now.id + r, v, dim, now.weight + r);
+      for (int r = 0; r < now.rows; r += group)
+        dots(bank, now.id + r, sample.anchor, dim, now.weight + r);
       store(now.weight + now.rows, all<V>(sign * S(-__builtin_inf())));
       advance();
     }
@@ -141,71 +171,77 @@ struct Side {
       product += e + product * e;
       store(b.weight + r, select(u < V{}, e, all<V>(S(1))) / (S(1) + e) * b.sign);
     }
-    if (b.rows) *b.loss += sum(above + log1p_parts(product).value);
+    if (b.rows) *b.of.loss += sum(above + log1p_parts(product).value);
   }
 
   KD_FN void add(const Batch& b) {
     constexpr int most = 8;
     const auto columns = [&](auto vectors, int64_t d, auto w) {
-      add_columns<vectors.count>(bank, b.id, b.weight, b.rows, dim, d, w, b.sums);
+      add_columns<vectors.count>(bank, b.id, b.weight, b.rows, dim, d, w, b.of.part);
     };
     if (!b.rows || !gradient) return;
     int64_t d = 0;
     for (; d + most * width <= dim; d += most * width) columns(Vectors<most>{}, d, Whole{});
     for (; d + width <= dim; d += width) columns(Vectors<1>{}, d, Whole{});
     if (d < dim) columns(Vectors<1>{}, d, Part{(int)(dim - d)});
+    if (b.drains) b.of.drain();
   }
 };
 
-// The negatives of sample i by tile, in their order within a tile, and spare rows behind them.
-inline bool sort_by_tile(const CrdParams& p, int64_t i, int bits, int64_t tiles) {
-  const int64_t* const from = p.negative + i * p.negative_stride;
-  int32_t* const to = p.sorted + i * (p.negatives + crd_spare);
+// The negatives of sample i tile by tile, in their order within a tile, and where each tile's begin
+// in `starts`; null if one of them is no row. Ascending ones, as this library draws them, are read
+// where they lie.
+template <class I>
+const int32_t* by_tile(const CrdParams& p, int64_t i, int bits, int64_t tiles) {
+  const I* const from = (const I*)p.negative + i * p.negative_stride;
+  int32_t* const to = p.sorted + i * p.negatives;
   int32_t* const start = p.starts + i * (tiles + 1);
-  uint64_t largest = p.index[i];
-  bool ascending = true;
-  for (int64_t k = 0; k < p.negatives; k++)
-    largest = (uint64_t)from[k] > largest ? (uint64_t)from[k] : largest;
-  if (largest >= (uint64_t)p.bank_rows) return false;
+  const auto row = [&](int64_t k) { return (uint64_t)k < (uint64_t)p.bank_rows; };
+  bool ascending = true, rows = row(p.index[i]);
   for (int64_t k = 1; k < p.negatives; k++) ascending &= from[k - 1] <= from[k];
+  if (ascending) rows &= row(from[0]) & row(from[p.negatives - 1]);
+  for (int64_t k = 0; k < p.negatives && !ascending; k++) rows &= row(from[k]);
+  if (!rows) return nullptr;
   __builtin_memset(start, 0, (tiles + 1) * sizeof *start);
-  __builtin_memset(to + p.negatives, 0, crd_spare * sizeof *to);
-  if (ascending) {  // as this library draws them
-    for (int64_t k = 0; k < p.negatives; k++) {
-      to[k] = (int32_t)from[k];
-      start[(from[k] >> bits) + 1] = (int32_t)(k + 1);
-    }
+  if (ascending) {
+    for (int64_t k = 0; k < p.negatives; k++) start[(from[k] >> bits) + 1] = (int32_t)(k + 1);
     for (int64_t t = 1; t <= tiles; t++)
       if (start[t] < start[t - 1]) start[t] = start[t - 1];
-    return true;
+    if (sizeof(I) == sizeof *to) return (const int32_t*)from;
+    for (int64_t k = 0; k < p.negatives; k++) to[k] = (int32_t)from[k];
+  } else {
+    for (int64_t k = 0; k < p.negatives; k++) start[from[k] >> bits]++;
+    for (int64_t t = 1; t <= tiles; t++) start[t] += start[t - 1];
+    for (int64_t k = p.negatives; k-- > 0;) to[--start[from[k] >> bits]] = (int32_t)from[k];
   }
-  for (int64_t k = 0; k < p.negatives; k++) start[from[k] >> bits]++;
-  for (int64_t t = 1; t <= tiles; t++) start[t] += start[t - 1];
-  for (int64_t k = p.negatives; k-- > 0;) to[--start[from[k] >> bits]] = (int32_t)from[k];
-  return true;
+  return to;
 }
 
 template <class S>
 void contrast(const CrdParams& p, int64_t begin, int64_t end) {
   if (begin == end) return;  // a thread may be given nothing
   const int bits = crd_tile_bits(p);
-  const int64_t tiles = crd_tiles(p), padded = crd_padded(p);
+  const int64_t tiles = crd_tiles(p), padded = crd_padded(p), summed = crd_sums(p);
   const double expected = (double)p.negatives / p.bank_rows, c = expected + p.eps;
   const double constant = -p.negatives * __builtin_log(expected / c);
   const int64_t row_bytes = p.dim * sizeof(S), bank_bytes = row_bytes * p.bank_rows;
   const int64_t tile_bytes = row_bytes << bits, share = tile_bytes / (end - begin) + 1;
-  for (int64_t i = begin; i < end; i++) p.fault[i] = !sort_by_tile(p, i, bits, tiles);
+  for (int64_t i = begin; i < end; i++)
+    p.chosen[i] = p.narrow ? by_tile<int32_t>(p, i, bits, tiles) : by_tile<int64_t>(p, i, bits, tiles);
   for (int k = 0; k < 2; k++) {
     const CrdSide& given = p.side[k];
-    const auto anchor = [&](int64_t i) { return (const S*)given.anchor + i * p.dim; };
-    const auto sums = [&](int64_t i) { return p.sums + i * padded; };
+    const auto sample = [&](int64_t i) {
+      double* const sums = p.sums + i * summed;
+      return Sample<S>{(const S*)given.anchor + i * p.dim, padded, (S*)p.part + i * padded, sums,
+                       sums + padded};
+    };
     const S shift = S(__builtin_log(c * given.normalizer));
     Side<S> side{(const S*)given.bank, p.dim, S(1 / p.temperature), shift, given.grad != nullptr,
                  tiles == 1};
-    double* const loss = p.loss + k * p.samples;
     for (int64_t i = begin; i < end; i++) {
-      __builtin_memset(sums(i), 0, padded * sizeof(double));
-      loss[i] = constant;
+      __builtin_memset((S*)p.part + i * padded, 0, padded * sizeof(S));
+      __builtin_memset(p.sums + i * summed, 0, padded * sizeof(double));
+      p.sums[i * summed + padded] = constant;
     }
     const char* const bank = (const char*)given.bank;
     for (int64_t t = 0; t < tiles; t++)
@@ -214,19 +250,21 @@ void contrast(const CrdParams& p, int64_t begin, int64_t end) {
         int64_t next = (t + 1) * tile_bytes + (i - begin) * share;
         const int64_t stop = next + share < bank_bytes ? next + share : bank_bytes;
         for (; next < stop; next += line) __builtin_prefetch(bank + next, 0, 2);
-        if (p.fault[i]) continue;
+        if (!p.chosen[i]) continue;
         const int32_t* const start = p.starts + i * (tiles + 1) + t;
-        const int32_t* const id = p.sorted + i * (p.negatives + crd_spare) + start[0];
-        side.ask(anchor(i), id, start[1] - start[0], S(1), sums(i), loss + i);
+        side.ask(sample(i), p.chosen[i] + start[0], start[1] - start[0], S(1), t);
       }
     for (int64_t i = begin; i < end; i++) {
-      if (p.fault[i]) continue;
-      const int32_t positive[group] = {(int32_t)p.index[i]};
-      side.ask(anchor(i), positive, 1, S(-1), sums(i), loss + i);
+      if (!p.chosen[i]) continue;
+      const int32_t positive = (int32_t)p.index[i];
+      side.ask(sample(i), &positive, 1, S(-1), tiles);
       side.finish();
+      const Sample<S> found = sample(i);
+      found.drain();
+      p.loss[k * p.samples + i] = *found.loss;
       S* const grad = (S*)given.grad + i * p.dim;
       for (int64_t d = 0; given.grad && d < p.dim; d++)
-        grad[d] = S(sums(i)[d] * (p.factor / p.temperature));
+        grad[d] = S(found.sums[d] * (p.factor / p.temperature));
     }
   }
 }

@@ -2,7 +2,7 @@
 // Negatives of samples: windows of one shuffle of the data set, without the sample's own class.
 // Included inside an ISA level's namespace. They come in ascending order, in which the bank is read
 // tile by tile without being sorted for it, from a scan of each sample's place in the shuffle: 12 n
-// bytes in L2, and the 8 K written.
+// bytes in L2, and the 4 K written.
 #pragma once
 
 // How many places from `begin` on hold `count` samples that are not of class `own`, all n if there
@@ -19,10 +19,35 @@ KD_FN int64_t window(const NegativesParams& p, int64_t own, int64_t begin, int64
   return length;
 }
 
+// Writes first + k for every k < n, of at most `block`, that is taken; returns where the next goes.
+KD_FN int32_t* pick(const uint8_t* taken, int n, int32_t first, int32_t* to, const int32_t* end) {
+#if KD_BYTES == 64
+  constexpr int step = 16;
+  __m512i number = _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6,
+                                    7, 8, 9, 10, 11, 12, 13, 14, 15));
+  for (int k = 0; k < n; k += step) {
+    const __m128i flags = _mm_maskz_loadu_epi8((__mmask16)((1u << (n - k < step ? n - k : step)) - 1),
+                                               taken + k);
+    const __mmask16 some = _mm_test_epi8_mask(flags, flags);
+    const int count = __builtin_popcount(some);
+    _mm512_mask_storeu_epi32(to, (__mmask16)((1u << count) - 1),
+                             _mm512_maskz_compress_epi32(some, number));
+    to += count;
+    number = _mm512_add_epi32(number, _mm512_set1_epi32(step));
+  }
+#else
+  for (int k = 0; k < n && to < end; k++) {  // without a branch that could not be foretold
+    *to = first + k;
+    to += taken[k];
+  }
+#endif
+  return to;
+}
+
 void negatives(const NegativesParams& p, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i++) {
     const int64_t own = p.labels[p.index[i]], begin = p.begin[i];
-    int64_t* to = p.drawn + i * p.count;
+    int32_t* to = p.drawn + i * p.count;
     int64_t others, repeats = 0, length = window(p, own, begin, p.count, &others);
     p.fault[i] = others == 0;
     if (p.fault[i]) continue;
@@ -30,7 +55,7 @@ void negatives(const NegativesParams& p, int64_t first, int64_t last) {
       repeats = p.count / others;
       length = window(p, own, begin, p.count % others, &others);
     }
-    const int64_t* const end = to + p.count;
+    const int32_t* const end = to + p.count;
     for (int64_t j = 0; to < end; j += block) {
       const int n = p.rows - j < block ? (int)(p.rows - j) : block;
       const int64_t* const labels = p.labels + j;
@@ -43,12 +68,10 @@ void negatives(const NegativesParams& p, int64_t first, int64_t last) {
       }
       if (repeats)
         for (int k = 0; k < n; k++)
-          for (int64_t left = other[k] ? repeats + taken[k] : 0; left > 0; left--) *to++ = j + k;
+          for (int64_t left = other[k] ? repeats + taken[k] : 0; left > 0; left--)
+            *to++ = (int32_t)(j + k);
       else
-        for (int k = 0; k < n && to < end; k++) {  // without a branch that could not be foretold
-          *to = j + k;
-          to += taken[k];
-        }
+        to = pick(taken, n, (int32_t)j, to, end);
     }
   }
 }
