@@ -49,8 +49,8 @@ double crd(const py::array& student, const py::array& teacher, const py::array& 
   return factor * loss;
 }
 
-// Fills `drawn` (B, K) of int32. All are contiguous, the others int64: labels and a permutation (n,),
-// index and places in the permutation to begin at (B,).
+// Fills `drawn` (B, K) of int32. All are contiguous, the others int64: labels and a permutation
+// (n,), index and places in the permutation to begin at (B,).
 void sample_negatives(const py::array& labels, const py::array& index, const py::array& shuffle,
                       const py::array& begin, py::array drawn, int threads) {
   kd::NegativesParams p;

@@ -194,56 +194,13 @@ def sample_negatives(
     # Where in the shuffle each window begins.
     begin = torch.rand(len(index), generator=generator, device=device, dtype=torch.float64)
     begin = (begin * n).long()
-    if backend == "cpu":
-        given = (labels.contiguous(), index.contiguous(), shuffle, begin, num_negatives)
-        try:
-            return torch.ops.kdkernels.sample_negatives(*given).to(dtype)
-        except RuntimeError as error:
-            checks.raise_for_labels(name, error)
-            raise
-    return _windows(name, labels, index, shuffle, begin, num_negatives).to(dtype)
-
-
-def _windows(name, labels, index, shuffle, begin, count) -> Tensor:
-    """``count`` samples of other classes for each of ``index``, in their order in the shuffle."""
-    n, device = len(labels), labels.device
-    # The places of each class in the shuffle, one class after another.
-    classes, place = labels[shuffle].sort(stable=True)
-    own = labels[index]
-    first, last = torch.searchsorted(classes, own), torch.searchsorted(classes, own, right=True)
-    others = n - (last - first)
-    if checks.readable(labels) and not others.all():
-        raise ValueError(f"{name}: labels must be of more than one class.")
-    others = others.clamp(min=1)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        return _walk(shuffle, labels[shuffle], own, begin, others, count)
-    # The j-th sample of another class stands in the shuffle behind j of these and behind the t
-    # members of the own class whose place less their number before is at most j.
-    number, first = torch.arange(n, device=device), first.unsqueeze(1)
-    begins = torch.searchsorted(classes, classes)
-    places = begins * (n + 1) + place
-    begin = begin.unsqueeze(1)
-    passed = begin - (torch.searchsorted(places, first * (n + 1) + begin) - first)
-    j = (passed + torch.arange(count, device=device)) % others.unsqueeze(1)
-    keys = places - (number - begins)
-    return shuffle[j + torch.searchsorted(keys, first * (n + 1) + j, right=True) - first]
-
-
-def _walk(shuffle, classes, own, begin, others, count) -> Tensor:
-    """From each of the places ``begin`` on, round and round, ``count`` samples not of class own.
-
-    A row at a time reads a window in order: several times as fast as a search for every sample.
-    """
-    n, drawn = len(shuffle), shuffle.new_empty(len(own), count)
-    shuffle, classes = torch.cat([shuffle, shuffle]), torch.cat([classes, classes])
-    places = zip(drawn, own.tolist(), begin.tolist(), others.tolist(), strict=True)
-    for row, kind, place, other in places:
-        window = slice(place, place + min(count + n - other, n))
-        found = shuffle[window].masked_select(classes[window] != kind)[:count]
-        if len(found) < count:
-            found = found.repeat(-(-count // len(found)))[:count]
-        row.copy_(found)
-    return drawn
+    draw = torch.ops.kdkernels.sample_negatives if backend == "cpu" else reference.negatives
+    try:
+        drawn = draw(labels.contiguous(), index.contiguous(), shuffle, begin, num_negatives)
+    except RuntimeError as error:
+        checks.raise_for_labels(name, error)
+        raise
+    return drawn.to(dtype)
 
 
 def _temperature(name, temperature) -> float:

@@ -7,7 +7,7 @@ Differentiable to any order, and under ``torch.func``. One module per family.
 from kdkernels.reference import maps, relation
 from kdkernels.reference.attention import learning_simplifier
 from kdkernels.reference.batchwise import dist, mlkd
-from kdkernels.reference.contrast import crd
+from kdkernels.reference.contrast import crd, negatives
 from kdkernels.reference.embeddings import attended, embedding
 from kdkernels.reference.ensemble import ensemble
 from kdkernels.reference.listwise import pld
@@ -23,6 +23,7 @@ __all__ = [
     "learning_simplifier",
     "maps",
     "mlkd",
+    "negatives",
     "pld",
     "relation",
     "rowwise",

@@ -5,9 +5,10 @@
 // added to the gradient while it is in L1. Eager copies the rows, 4 D bytes each, and reads the
 // copies four times.
 //
-// A sample's negatives are first sorted by tiles of the bank, and the samples take turns on a tile: a
-// bank is then read from memory once, and not B K / n times, each tile while the one before is at
-// work. Where it is so large that this would help little, its rows are prefetched a batch ahead.
+// A sample's negatives are read in the order of tiles of the bank, and the samples take turns on a
+// tile: a bank is then read from memory once, and not B K / n times, each tile while the one before
+// is at work. Where it is so large that this would help little, its rows are prefetched a batch
+// ahead.
 //
 // A batch is scored while the probabilities of the one before, a long chain of operations, are
 // found, and the one before that is added.
@@ -226,8 +227,8 @@ void contrast(const CrdParams& p, int64_t begin, int64_t end) {
   const double constant = -p.negatives * __builtin_log(expected / c);
   const int64_t row_bytes = p.dim * sizeof(S), bank_bytes = row_bytes * p.bank_rows;
   const int64_t tile_bytes = row_bytes << bits, share = tile_bytes / (end - begin) + 1;
-  for (int64_t i = begin; i < end; i++)
-    p.chosen[i] = p.narrow ? by_tile<int32_t>(p, i, bits, tiles) : by_tile<int64_t>(p, i, bits, tiles);
+  const auto tiled = p.narrow ? by_tile<int32_t> : by_tile<int64_t>;
+  for (int64_t i = begin; i < end; i++) p.chosen[i] = tiled(p, i, bits, tiles);
   for (int k = 0; k < 2; k++) {
     const CrdSide& given = p.side[k];
     const auto sample = [&](int64_t i) {
@@ -256,8 +257,8 @@ void contrast(const CrdParams& p, int64_t begin, int64_t end) {
       }
     for (int64_t i = begin; i < end; i++) {
       if (!p.chosen[i]) continue;
-      const int32_t positive = (int32_t)p.index[i];
-      side.ask(sample(i), &positive, 1, S(-1), tiles);
+      const int32_t positive[group] = {(int32_t)p.index[i]};
+      side.ask(sample(i), positive, 1, S(-1), tiles);
       side.finish();
       const Sample<S> found = sample(i);
       found.drain();

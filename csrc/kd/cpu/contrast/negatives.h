@@ -20,20 +20,21 @@ KD_FN int64_t window(const NegativesParams& p, int64_t own, int64_t begin, int64
 }
 
 // Writes first + k for every k < n, of at most `block`, that is taken; returns where the next goes.
-KD_FN int32_t* pick(const uint8_t* taken, int n, int32_t first, int32_t* to, const int32_t* end) {
+KD_FN int32_t* pick(const uint8_t* taken, int n, int32_t first, int32_t* to,
+                    [[maybe_unused]] const int32_t* end) {
 #if KD_BYTES == 64
   constexpr int step = 16;
-  __m512i number = _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6,
-                                    7, 8, 9, 10, 11, 12, 13, 14, 15));
+  vi number;
+  for (int k = 0; k < step; k++) number[k] = first + k;
+  const auto first_of = [](int lanes) { return (__mmask16)((1u << lanes) - 1); };
   for (int k = 0; k < n; k += step) {
-    const __m128i flags = _mm_maskz_loadu_epi8((__mmask16)((1u << (n - k < step ? n - k : step)) - 1),
-                                               taken + k);
+    const __m128i flags = _mm_maskz_loadu_epi8(first_of(n - k < step ? n - k : step), taken + k);
     const __mmask16 some = _mm_test_epi8_mask(flags, flags);
     const int count = __builtin_popcount(some);
-    _mm512_mask_storeu_epi32(to, (__mmask16)((1u << count) - 1),
-                             _mm512_maskz_compress_epi32(some, number));
+    const __m512i found = _mm512_maskz_compress_epi32(some, (__m512i)number);
+    _mm512_mask_storeu_epi32(to, first_of(count), found);
     to += count;
-    number = _mm512_add_epi32(number, _mm512_set1_epi32(step));
+    number += step;
   }
 #else
   for (int k = 0; k < n && to < end; k++) {  // without a branch that could not be foretold
