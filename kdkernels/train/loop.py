@@ -78,7 +78,7 @@ def fit(
             tapped.compile()
     learner = Learner(fabric, network, method)
     model = fabric.setup_module(learner)
-    optimizer = fabric.setup_optimizers(make_optimizer(fabric, trained, method, config))
+    optimizer = fabric.setup_optimizers(make_optimizer(trained, method, config))
 
     seed_process(fabric, seed)
     state = State()

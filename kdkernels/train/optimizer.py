@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from kdkernels.train.config import Config
@@ -25,29 +24,17 @@ MILESTONES = (5 / 8, 6 / 8, 7 / 8)
 CYCLE_START, CYCLE_END, CYCLE_RISE = 1 / 25, 1 / 25e4, 0.3
 
 
-def make_optimizer(
-    fabric: Fabric, student: nn.Module, method: Method, config: Config
-) -> torch.optim.Optimizer:
+def make_optimizer(student: nn.Module, method: Method, config: Config) -> torch.optim.Optimizer:
     """The optimizer of the student's parameters and the method's own groups.
 
     A group of the method has ``lr_scale`` times the student's learning rate.
     """
     groups = [{"params": list(student.parameters())}, *method.parameter_groups()]
     groups = [scaled(group, config.lr) for group in groups]
-    # A fused step unscales gradients itself, so that Fabric could not clip them before.
-    fused = not getattr(fabric.strategy.precision, "scaler", None)
-    fused &= all(fusable(parameter) for parameter in student.parameters())
-    optimizer = OPTIMIZERS[config.optimizer](
-        groups, weight_decay=config.weight_decay, fused=fused or None
-    )
+    optimizer = OPTIMIZERS[config.optimizer](groups, weight_decay=config.weight_decay)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
-
-
-def fusable(parameter: nn.Parameter) -> bool:
-    """Whether torch's fused steps, its fastest, take it: SGD's does not take FSDP's shards."""
-    return type(parameter) is nn.Parameter and parameter.device.type in ("cpu", "cuda")
 
 
 def scaled(group: dict[str, Any], lr: float) -> dict[str, Any]:
