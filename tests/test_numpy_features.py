@@ -194,6 +194,8 @@ def test_any_maps(samples, channels, height, width, data):
 def test_contrast_of_anything(samples, width, count, n, data):
     given = contrast(samples, width, count, n)(data.draw(st.sampled_from(FLOATS)))
     given[0] = data.draw(logits(samples, width)).astype(given[0].dtype)
+    negatives = np.sort(given[5], axis=1) if data.draw(st.booleans()) else given[5]
+    given[5] = negatives.astype(data.draw(st.sampled_from((np.int64, np.int32))))
     wrong = data.draw(st.sampled_from((-1, n))) if data.draw(st.booleans()) and samples else None
     if wrong is not None:
         chosen = given[data.draw(st.sampled_from((4, 5)))]
@@ -210,16 +212,17 @@ def test_contrast_of_anything(samples, width, count, n, data):
 @settings(deadline=None, max_examples=80)
 @given(
     st.lists(st.integers(-3, 3), min_size=1, max_size=150), st.integers(0, 5),
-    st.integers(1, 400), st.sampled_from((1, 4)),
+    st.integers(1, 400), st.sampled_from((np.int64, np.int32)), st.sampled_from((1, 4)),
 )  # fmt: skip
-def test_negatives_of_anything(labels, samples, count, threads):
+def test_negatives_of_anything(labels, samples, count, dtype, threads):
     labels, random = np.array(labels), np.random.default_rng(0)
     index = random.integers(0, len(labels), samples)
     if samples and len(set(labels)) == 1:
         with pytest.raises(ValueError, match="labels must be of more than one class"):
             kdnp.sample_negatives(labels, index, count, random=random)
         return
-    drawn = kdnp.sample_negatives(labels, index, count, random=random, threads=threads)
+    drawn = kdnp.sample_negatives(labels, index, count, random=random, dtype=dtype, threads=threads)
+    assert drawn.dtype == dtype
     for row, own in zip(drawn, labels[index], strict=True):
         others = np.flatnonzero(labels != own)
         often = np.bincount(row, minlength=len(labels))
@@ -260,6 +263,7 @@ def test_errors():
         (lambda: kdnp.sample_negatives(bank, index, 2), ValueError, "labels must be integers"),
         (lambda: kdnp.sample_negatives(index, index + 4, 2), ValueError, "index must be in"),
         (lambda: kdnp.sample_negatives(index, index, 0), ValueError, "num_negatives must be at"),
+        (lambda: kdnp.sample_negatives(index, index, 2, dtype=float), TypeError, "dtype must be"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             call()

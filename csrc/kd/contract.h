@@ -4,5 +4,5 @@
 #pragma once
 
 namespace kd {
-[[gnu::used]] static const char contract[] = "kdkernels contract 2.";
+[[gnu::used]] static const char contract[] = "kdkernels contract 3.";
 }

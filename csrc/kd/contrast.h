@@ -32,7 +32,7 @@ struct CrdParams : CrdNumbers {
   int32_t* sorted = nullptr;         // (B, K): scratch, negatives by tile of the bank
   int32_t* starts = nullptr;         // (B, tiles + 1): scratch, where each tile's begin
   void* part = nullptr;              // (B, padded D): scratch of the type accumulated in
-  double* sums = nullptr;            // (B, padded D + a line): scratch
+  double* sums = nullptr;            // (B, padded D + 8): scratch
   double* loss = nullptr;            // (2, B), without `factor`
   const int32_t** chosen = nullptr;  // (B,): the negatives by tile, null where one is no row
 };
@@ -73,7 +73,7 @@ static inline int64_t crd_tiles(const CrdParams& p) {
   return ((p.bank_rows - 1) >> crd_tile_bits(p)) + 1;
 }
 
-// Columns of `part`: whole vectors of any level. In `sums` the loss is behind them, in a cache line
+// Columns of `part`: whole vectors of any level. In `sums` a tally is behind them, in a cache line
 // that a sample of another thread has no part in.
 static inline int64_t crd_padded(const CrdParams& p) { return (p.dim + 15) / 16 * 16; }
 static inline int64_t crd_sums(const CrdParams& p) { return crd_padded(p) + 8; }

@@ -17,7 +17,8 @@ double crd(const py::array& student, const py::array& teacher, const py::array& 
   if (p.bank_rows > INT32_MAX) throw py::value_error("a bank has at most 2^31 - 1 rows");
   p.in_double = dtype_of(student, "student") == kd::DType::float64;
   p.factor = factor;
-  const py::array *const anchors[] = {&student, &teacher}, *const banks[] = {&teacher_bank, &student_bank};
+  const py::array* const anchors[] = {&student, &teacher};
+  const py::array* const banks[] = {&teacher_bank, &student_bank};
   const py::object* const grads[] = {&grad_student, &grad_teacher};
   for (int k = 0; k < 2; k++) {
     p.side[k].anchor = anchors[k]->data(), p.side[k].bank = banks[k]->data();
@@ -30,8 +31,8 @@ double crd(const py::array& student, const py::array& teacher, const py::array& 
   p.negative_stride = p.negatives;
   std::vector<int32_t> sorted(p.samples * p.negatives);
   std::vector<int32_t> starts(p.samples * (kd::crd_tiles(p) + 1));
-  std::vector<double> part(p.samples * kd::crd_padded(p)), sums(p.samples * kd::crd_sums(p));
-  std::vector<double> losses(2 * p.samples);
+  std::vector<double> part(p.samples * kd::crd_padded(p) / (p.in_double ? 1 : 2));
+  std::vector<double> sums(p.samples * kd::crd_sums(p)), losses(2 * p.samples);
   std::vector<const int32_t*> chosen(p.samples);
   p.sorted = sorted.data(), p.starts = starts.data(), p.part = part.data(), p.sums = sums.data();
   p.loss = losses.data(), p.chosen = chosen.data();

@@ -52,7 +52,7 @@ def crd_loss(
             set. They have no gradient.
         index: (B,) the samples' rows in the banks.
         negatives: (B, K) rows of samples to contrast them with, K >= 1, as
-            :func:`sample_negatives` draws them.
+            :func:`sample_negatives` draws them; ascending int32 spares the CPU's kernel a copy.
         normalizer: (2,) the Z of the student's and of the teacher's scores, constants to the
             gradient. By default those of this batch, :func:`crd_normalizer`; the method keeps its
             first batch's.
@@ -174,10 +174,10 @@ def sample_negatives(
     times, rounded up or down. The rows of one call are windows of one shuffle of the data set: each
     by itself is random, but they are not independent of each other.
 
-    ``generator`` (on the labels' device) makes it reproducible. ``dtype`` is int64 or int32, in
-    which the CPU's kernels write and read them without a conversion. The order within a row is the
-    backend's (``"auto"``, ``"reference"`` or ``"cpu"``). The host does not wait for a GPU. Raises
-    ``ValueError`` where all samples are of one class.
+    ``generator`` (on the labels' device) makes it reproducible. ``dtype`` is int64, or int32, which
+    the CPU's kernels write and read without a conversion. The order within a row is the backend's
+    (``"auto"``, ``"reference"`` or ``"cpu"``). The host does not wait for a GPU. Raises
+    ``ValueError`` where all samples are of one class, or their numbers not of the dtype.
     """
     name = "sample_negatives"
     labels = _integers(name, "labels", labels, 1).long()
@@ -189,7 +189,11 @@ def sample_negatives(
     checks.same_device(name, "index", index, labels)
     n, device = len(labels), labels.device
     checks.indices(name, "index", index, n)
+    if n > torch.iinfo(dtype).max:
+        raise ValueError(f"{name}: dtype must hold the numbers of {n} samples, got {dtype}.")
     backend = backends.select("contrast.sample_negatives", device.type, backend, name)
+    if backend != "cpu" and len(index) and checks.readable(labels) and (labels == labels[0]).all():
+        raise ValueError(f"{name}: labels must be of more than one class.")
     shuffle = torch.randperm(n, generator=generator, device=device)
     # Where in the shuffle each window begins.
     begin = torch.rand(len(index), generator=generator, device=device, dtype=torch.float64)
@@ -222,7 +226,7 @@ def _integers(name, argument, value, dims) -> Tensor:
 
 
 def _prepare(name, student, student_bank, teacher_bank, index, negatives, read):
-    """Check banks and indices, the latter's values where ``read``; int64, negatives or int32."""
+    """Check banks and indices, whose values where ``read``; int64, negatives also int32."""
     for argument, bank in (("student_bank", student_bank), ("teacher_bank", teacher_bank)):
         checks.floats(name, argument, bank)
         if bank.dtype not in (torch.float32, torch.float64):

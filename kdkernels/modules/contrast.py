@@ -120,13 +120,15 @@ class CRDLoss(nn.Module):
             checks.indices(name, "index", index, len(self.student_bank))
             if self.labels is None:
                 raise ValueError(f"{name}: negatives must be given, or labels to the constructor.")
+            backend = "reference" if self.backend == "reference" else "auto"
+            narrow = backend == "auto" and index.device.type == "cpu"
             negatives = functional.sample_negatives(
                 self.labels,
                 index,
                 self.num_negatives,
                 generator=self.generator,
-                dtype=torch.int32 if index.device.type == "cpu" else torch.int64,
-                backend="reference" if self.backend == "reference" else "auto",
+                dtype=torch.int32 if narrow else torch.int64,
+                backend=backend,
             )
         samples = (self.student_bank, self.teacher_bank, index, negatives)
         if self._normalized:

@@ -64,7 +64,8 @@ def crd_loss(
     normalizer = [number(name, "normalizer", float(z)) for z in normalizer]
     dtype = arrays.accumulated_in(*floats.values())
     given = [np.require(x, dtype, "CA") for x in floats.values()]
-    chosen = [np.require(x, np.int64, "CA") for x in (index, negatives)]
+    narrow = np.int32 if negatives.dtype == np.int32 else np.int64
+    chosen = [np.require(index, np.int64, "CA"), np.require(negatives, narrow, "CA")]
     grads = [np.empty_like(x) for x in given[:2]]
     factor = 1 / max(samples, 1) if reduction == "mean" else 1.0
     try:
@@ -85,6 +86,7 @@ def sample_negatives(
     num_negatives: int,
     *,
     random: np.random.Generator | None = None,
+    dtype: type[np.signedinteger] = np.int64,
     threads: int = 1,
 ) -> np.ndarray:
     """``kdkernels.functional.sample_negatives``, with numbers of ``random``; ascending rows."""
@@ -98,6 +100,8 @@ def sample_negatives(
             )
     if num_negatives < 1:
         raise ValueError(f"{name}: num_negatives must be at least 1, got {num_negatives}.")
+    if dtype not in (np.int64, np.int32):
+        raise TypeError(f"{name}: dtype must be numpy.int64 or numpy.int32, got {dtype}.")
     n = len(labels)
     if ((index < 0) | (index >= n)).any():
         raise ValueError(f"{name}: index must be in [0, {n}).")
@@ -109,4 +113,4 @@ def sample_negatives(
         arrays.native(name).sample_negatives(*given, drawn, threads)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return drawn.astype(np.int64)
+    return drawn.astype(dtype, copy=False)

@@ -28,7 +28,7 @@ namespace KD_ISA {
 
 constexpr int batch = 32;    // rows scored before their probabilities are found
 constexpr int group = 8;     // rows scored at once: independent sums hide the latency of additions
-constexpr int drained = 32;  // batches whose sums are gathered before they are added in double
+constexpr int gathered = 32; // batches of a sample whose sums are added before they are in double
 constexpr int line = 64;     // bytes
 
 // Of a and b, seen as parts of so many lanes, the sums of either half of each part.
@@ -85,19 +85,26 @@ KD_FN void add_columns(const S* bank, const int32_t* id, const S* weight, int ro
   }
 }
 
+struct Tally {
+  double loss;
+  int64_t batches;  // that `part` has the sums of
+};
+
 // What is found for a sample. Sums of some batches are gathered in S, and these in double.
 template <class S>
 struct Sample {
   const S* anchor = nullptr;
   int64_t columns = 0;  // of `part` and `sums`
   S* part = nullptr;
-  double *sums = nullptr, *loss = nullptr;
+  double* sums = nullptr;
+  Tally* tally = nullptr;
 
   KD_FN void drain() const {
     for (int64_t d = 0; d < columns; d++) {
       sums[d] += part[d];
       part[d] = 0;
     }
+    tally->batches = 0;
   }
 };
 
@@ -112,7 +119,6 @@ struct Side {
     int rows = 0;
     S sign = 0;
     Sample<S> of;
-    bool drains = false;  // the sample, behind it
     alignas(64) S weight[batch + width] = {};  // a score before
 
     // The first of some rows, filled up with one of them to whole groups: copied, because a group
@@ -134,15 +140,14 @@ struct Side {
   Batch batches[3] = {};     // to be scored, weighed, added
   int turn = 0;
 
-  // To the sample's loss and the sums of its gradient, the rows `id`, of its visit of this number:
-  // as negatives, c / (P + c), where sign is 1, as positives, P / (P + c), where it is -1. Both are
-  // sigmoids, of u = score / temperature - log(c Z) or its negative.
-  void ask(const Sample<S>& sample, const int32_t* id, int64_t n, S sign, int64_t visit) {
+  // To the sample's loss and the sums of its gradient, the rows `id`: as negatives, c / (P + c),
+  // where sign is 1, as positives, P / (P + c), where it is -1. Both are sigmoids, of
+  // u = score / temperature - log(c Z) or its negative.
+  void ask(const Sample<S>& sample, const int32_t* id, int64_t n, S sign) {
     for (int64_t first = 0; first < n; first += batch) {
       Batch& now = batches[turn];
       now.take(id + first, n - first);
       now.of = sample, now.sign = sign;
-      now.drains = (visit + first / batch) % drained == drained - 1;
       for (int64_t k = first + batch; far && k < first + 2 * batch && k < n; k++)
         for (int d = 0; d < dim; d += line / sizeof(S))
           __builtin_prefetch(bank + dim * id[k] + d);
@@ -172,7 +177,7 @@ struct Side {
       product += e + product * e;
       store(b.weight + r, select(u < V{}, e, all<V>(S(1))) / (S(1) + e) * b.sign);
     }
-    if (b.rows) *b.of.loss += sum(above + log1p_parts(product).value);
+    if (b.rows) b.of.tally->loss += sum(above + log1p_parts(product).value);
   }
 
   KD_FN void add(const Batch& b) {
@@ -185,7 +190,7 @@ struct Side {
     for (; d + most * width <= dim; d += most * width) columns(Vectors<most>{}, d, Whole{});
     for (; d + width <= dim; d += width) columns(Vectors<1>{}, d, Whole{});
     if (d < dim) columns(Vectors<1>{}, d, Part{(int)(dim - d)});
-    if (b.drains) b.of.drain();
+    if (++b.of.tally->batches == gathered) b.of.drain();
   }
 };
 
@@ -234,7 +239,7 @@ void contrast(const CrdParams& p, int64_t begin, int64_t end) {
     const auto sample = [&](int64_t i) {
       double* const sums = p.sums + i * summed;
       return Sample<S>{(const S*)given.anchor + i * p.dim, padded, (S*)p.part + i * padded, sums,
-                       sums + padded};
+                       (Tally*)(sums + padded)};
     };
     const S shift = S(__builtin_log(c * given.normalizer));
     Side<S> side{(const S*)given.bank, p.dim, S(1 / p.temperature), shift, given.grad != nullptr,
@@ -242,7 +247,7 @@ void contrast(const CrdParams& p, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       __builtin_memset((S*)p.part + i * padded, 0, padded * sizeof(S));
       __builtin_memset(p.sums + i * summed, 0, padded * sizeof(double));
-      p.sums[i * summed + padded] = constant;
+      *sample(i).tally = {constant, 0};
     }
     const char* const bank = (const char*)given.bank;
     for (int64_t t = 0; t < tiles; t++)
@@ -253,16 +258,16 @@ void contrast(const CrdParams& p, int64_t begin, int64_t end) {
         for (; next < stop; next += line) __builtin_prefetch(bank + next, 0, 2);
         if (!p.chosen[i]) continue;
         const int32_t* const start = p.starts + i * (tiles + 1) + t;
-        side.ask(sample(i), p.chosen[i] + start[0], start[1] - start[0], S(1), t);
+        side.ask(sample(i), p.chosen[i] + start[0], start[1] - start[0], S(1));
       }
     for (int64_t i = begin; i < end; i++) {
       if (!p.chosen[i]) continue;
       const int32_t positive[group] = {(int32_t)p.index[i]};
-      side.ask(sample(i), positive, 1, S(-1), tiles);
+      side.ask(sample(i), positive, 1, S(-1));
       side.finish();
       const Sample<S> found = sample(i);
       found.drain();
-      p.loss[k * p.samples + i] = *found.loss;
+      p.loss[k * p.samples + i] = found.tally->loss;
       S* const grad = (S*)given.grad + i * p.dim;
       for (int64_t d = 0; given.grad && d < p.dim; d++)
         grad[d] = S(found.sums[d] * (p.factor / p.temperature));
