@@ -11,6 +11,29 @@ KD_FN void sweep(int n, const Body& body) {
   for (; i + Lanes<V>::count <= n; i += Lanes<V>::count) body(i, W{});
   if (i < n) body(i, Part{n - i});
 }
+// A sum over a block. Equal terms all round the same way, so that it would drift: the sweep below
+// folds it after every `run` vectors.
+constexpr int run = 16;
+template <class V>
+struct Sum {
+  V recent{}, folded{};
+  KD_FN void operator+=(V term) { recent += term; }
+  KD_FN void fold() { folded += recent, recent = V{}; }
+};
+template <class V>
+KD_FN typename Lanes<V>::S sum(const Sum<V>& s) { return sum(s.folded + s.recent); }
+
+template <class V, class W = Whole, class Body, class Fold>
+KD_FN void sweep(int n, const Body& body, const Fold& fold) {
+  constexpr int count = Lanes<V>::count;
+  int i = 0;
+  while (i + count <= n) {
+    const int end = n - i < run * count ? n : i + run * count;
+    for (; i + count <= end; i += count) body(i, W{});
+    fold();
+  }
+  if (i < n) body(i, Part{n - i});
+}
 template <class Body>
 KD_FN void for_blocks(int64_t classes, const Body& body) {
   for (int64_t first = 0; first < classes; first += block)

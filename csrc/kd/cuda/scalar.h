@@ -61,6 +61,7 @@ KD_FN float expm1_tail(float f) {
   q = q * f + 1.6666579e-1f;
   return q * f + 0.5f;
 }
+KD_FN bool is_near(float x) { return magnitude(x) < 0.34f; }
 
 template <> struct Lanes<float> : Single { using I = int32_t; };
 template <> struct Lanes<double> : Double { using I = int64_t; };

@@ -44,7 +44,8 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
     const bool standardize = p.standardize, slopes = p.row_grads && !standardize;
     const bool teacher_too = to_t.wanted() || slopes;
     exponentials(r, n, s, t);
-    V value{}, slope_s{}, slope_t{}, drift_s{}, drift_t{};
+    Sum<V> value;
+    V slope_s{}, slope_t{}, drift_s{}, drift_t{};
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
       const Class<V> c = terms_of<C>(r, k, i, w, zs, zt);
@@ -62,7 +63,7 @@ void emit(Row<S>& r, const CrossEntropyRow<S>& ce, Scaling scaling) {
       write<V>(grad_t + i, w, dv * factor_t);
       slope_s += du * (zs - origin_s), slope_t += dv * (zt - origin_t);
       drift_s += du, drift_t += dv;
-    });
+    }, [&] { if (alone) value.fold(); });
     if (alone) r.value += sum(value);
     if (standardize) {
       if (alone) {

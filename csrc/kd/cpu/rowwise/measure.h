@@ -37,8 +37,8 @@ void measure_with(Row<S>& r) {
     r.k.subtract_first =
         r.k.inv_ts == r.k.inv_tt && __builtin_fabs((double)r.k.max_t - r.k.max_s) <= 1;
     const Scalars<S> k = r.k;
-    V sum_s{}, sum_t{}, excess{}, plain_s{}, plain_t{}, low = all<V>(r.lowest),
-        high = all<V>(r.highest);
+    Sum<V> sum_s, sum_t, excess, plain_s, plain_t;
+    V low = all<V>(r.lowest), high = all<V>(r.highest);
     const auto add = [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
       const V d = log_ratio<__is_same(decltype(w), Finite)>(k, zs, zt);
@@ -52,11 +52,15 @@ void measure_with(Row<S>& r) {
       if constexpr (plain >= 2) plain_t += exp_at_rate(zt - k.max_t, exp_rate<S>(1));
       sum_t += exp_t;
       if constexpr (sizeof(S) == 4)
-        excess +=
-            select(is_near(d), exp_s * (d + d * d * expm1_tail(d)), exp_t - exp_s);
+        excess += select(is_small(d), exp_s * expm1_small(d), exp_t - exp_s);
     };
-    if (r.finite) sweep<V, Finite>(n, add);
-    else sweep<V>(n, add);
+    const auto fold = [&] {
+      sum_s.fold(), sum_t.fold(), excess.fold();
+      if constexpr (plain >= 1) plain_s.fold();
+      if constexpr (plain >= 2) plain_t.fold();
+    };
+    if (r.finite) sweep<V, Finite>(n, add, fold);
+    else sweep<V>(n, add, fold);
     r.sum_s += sum(sum_s), r.sum_t += sum(sum_t), r.excess += sum(excess);
     if constexpr (plain >= 1) r.plain_s += sum(plain_s);
     if constexpr (plain >= 2) r.plain_t += sum(plain_t);

@@ -12,7 +12,8 @@ void reduce(Row<S>& r) {
     const Scalars<S> k = r.k;
     const S origin_s = r.origin_s(), origin_t = r.origin_t();
     exponentials(r, n, s, t);
-    V value{}, student{}, teacher{}, p_s{}, p_t{}, slope_s{}, slope_t{}, leaning_s{}, leaning_t{};
+    Sum<V> value, student, teacher, p_s, p_t;
+    V slope_s{}, slope_t{}, leaning_s{}, leaning_t{};
     sweep<V>(n, [&](int i, auto w) {
       const V zs = read_logits<V>(s + i, w), zt = read_logits<V>(t + i, w);
       const Class<V> c = terms_of<C>(r, k, i, w, zs, zt);
@@ -23,7 +24,7 @@ void reduce(Row<S>& r) {
         slope_s += c.student * us, leaning_s += c.p_s * us;
         slope_t += c.teacher * ut, leaning_t += c.p_t * ut;
       }
-    });
+    }, [&] { value.fold(), student.fold(), teacher.fold(), p_s.fold(), p_t.fold(); });
     r.value += sum(value), r.centre_s += sum(student), r.centre_t += sum(teacher);
     mass_s += sum(p_s), mass_t += sum(p_t);
     if (r.p.standardize) r.slope_s += sum(slope_s), r.slope_t += sum(slope_t);
