@@ -44,15 +44,6 @@ for side in (s, t):
 """
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-def test_nan_at_every_isa_level(level):
-    environment = os.environ | {"KDKERNELS_CPU_CAPABILITY": level}
-    result = subprocess.run(
-        [sys.executable, "-c", _NAN], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-
-
 # Sums of equal terms drifted, and terms of |d| just past 0.34 took exp's error 20-fold.
 _ALIKE = """
 import torch
@@ -75,10 +66,11 @@ for classes in (10, 100, 1000, 3000):
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
-def test_alike_classes_at_every_isa_level(level):
+@pytest.mark.parametrize("script", [_NAN, _ALIKE], ids=["nan", "alike classes"])
+def test_at_every_isa_level(script, level):
     environment = os.environ | {"KDKERNELS_CPU_CAPABILITY": level}
     result = subprocess.run(
-        [sys.executable, "-c", _ALIKE], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
 

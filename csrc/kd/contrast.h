@@ -25,8 +25,8 @@ struct CrdParams : CrdNumbers {
   double factor = 1;                 // of the loss, and so of the gradients
   CrdSide side[2];                   // the student's, the teacher's
   const int64_t* index = nullptr;    // (B,)
-  const void* negative = nullptr;    // (B, K) of int64_t, or of int32_t where they are
-  bool narrow = false;               // so
+  const void* negative = nullptr;    // (B, K) of int64_t, or of int32_t
+  bool narrow = false;               // they are int32_t
   int64_t negative_stride = 0;       // between samples
 
   int32_t* sorted = nullptr;         // (B, K): scratch, negatives by tile of the bank

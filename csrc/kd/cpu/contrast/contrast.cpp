@@ -26,10 +26,10 @@ namespace KD_ISA {
 #include "../sweep.h"
 #include "negatives.h"
 
-constexpr int batch = 32;    // rows scored before their probabilities are found
-constexpr int group = 8;     // rows scored at once: independent sums hide the latency of additions
-constexpr int gathered = 32; // batches of a sample whose sums are added before they are in double
-constexpr int line = 64;     // bytes
+constexpr int batch = 32;     // rows scored before their probabilities are found
+constexpr int group = 8;      // rows scored at once: independent sums hide the latency of additions
+constexpr int gathered = 32;  // batches of a sample that are summed in S before they are in double
+constexpr int line = 64;      // bytes
 
 // Of a and b, seen as parts of so many lanes, the sums of either half of each part.
 template <int part, class V>
